@@ -1,0 +1,63 @@
+# make run     set up what is missing, then serve      (HOST=127.0.0.1 PORT=8000 ARGS="--compile")
+# make test    set up what is missing, then test       (ARGS="-k session")
+# make check   format, lint, types, layers
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+BIN := .venv/bin
+LOCK := deploy/requirements.lock
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(LOCK)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check format lock bench
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("lcm-rt needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+# The stamps say which set of packages is installed, and are older than the lock once it changes.
+.venv/engine: pyproject.toml $(LOCK) | .venv/bin/python
+	$(PIP) --editable '.[engine]'
+	@touch $@
+
+.venv/dev: .venv/engine
+	$(PIP) --editable '.[engine,dev]'
+	@touch $@
+
+.venv/clients: tests/browser/package-lock.json | .venv/bin/python
+	.ci/install-browser
+	cd tests/browser && npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
+
+setup: .venv/engine
+
+run: .venv/engine
+	exec $(BIN)/lcm-rt serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: .venv/dev .venv/clients
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Against a running server: make bench ARGS="--url http://localhost:8000 --sessions 8"
+bench: .venv/engine
+	$(BIN)/python benchmarks/realtime.py $(ARGS)
+
+# Resolve everything anew and write down what came out.
+lock: .venv/dev
+	$(BIN)/python -m pip install --upgrade --editable '.[engine,dev]'
+	{ head -n 1 $(LOCK); $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > $(LOCK).new
+	mv $(LOCK).new $(LOCK)

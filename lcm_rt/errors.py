@@ -1,0 +1,138 @@
+"""Everything that can go wrong, as one tree; knows no HTTP library, no socket, no tensor.
+
+    LcmError
+    ├── InputError          the client's words are wrong (422)
+    │   └── ImageError      ... and it is a picture that cannot be used
+    ├── NotFound            no such app, model, job or file (404)
+    ├── Overloaded          more work than the server takes on (429)
+    ├── Unavailable         no engine can answer now (503)
+    │   ├── ModelLoading    ... because the model is still on its way in
+    │   └── EngineLost      ... because the engine process died under the request
+    ├── OutOfMemory         the device has no room for this request (507)
+    ├── GenerationFailed    the engine could not make this one picture (500)
+    ├── Superseded          dropped before it began: a newer message of the session came
+    └── Cancelled           the client asked for it, or left
+
+``code`` goes to clients in realtime frames and in the ``X-Fal-Error-Type`` header, ``status`` is the HTTP status, and
+``retryable`` says whether the same request may succeed later. Only the text of these errors is shown to clients; any
+other exception is logged and reported as ``internal_error``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class LcmError(Exception):
+    """Root of the tree; ``str(error)`` is fit for a client's eyes."""
+
+    code = "internal_error"
+    status = 500
+    retryable = False
+
+
+class InputError(LcmError):
+    """A field of the input is missing, malformed or out of range.
+
+    Args:
+        field: name of the field, as the client spelt it.
+        message: what is wrong with it.
+        kind: machine-readable type, in pydantic's manner.
+        others: entries of ``detail`` for further fields that are wrong.
+    """
+
+    code = "invalid_input"
+    status = 422
+
+    def __init__(
+        self, field: str, message: str, kind: str = "value_error", others: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+        self.kind = kind
+        self.others = others
+
+    def detail(self) -> list[dict[str, Any]]:
+        """The platform's 422 body: pydantic's list of errors."""
+        first = {"loc": ["body", *self.field.split(".")], "msg": self.message, "type": self.kind}
+        return [first, *self.others]
+
+
+class ImageError(InputError):
+    """A picture that cannot be decoded, or does not fit its mask."""
+
+    code = "image_load_error"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message, kind=self.code)
+
+
+class NotFound(LcmError):
+    code = "not_found"
+    status = 404
+
+
+class Overloaded(LcmError):
+    code = "overloaded"
+    status = 429
+    retryable = True
+
+
+class Unavailable(LcmError):
+    code = "unavailable"
+    status = 503
+    retryable = True
+
+
+class ModelLoading(Unavailable):
+    code = "model_loading"
+
+
+class EngineLost(Unavailable):
+    code = "engine_lost"
+
+
+class OutOfMemory(LcmError):
+    code = "out_of_memory"
+    status = 507
+    retryable = True
+
+
+class GenerationFailed(LcmError):
+    code = "generation_failed"
+
+
+class Superseded(LcmError):
+    code = "superseded"
+    status = 409
+
+
+class Cancelled(LcmError):
+    code = "cancelled"
+    status = 499
+
+
+def _leaves(kind: type[LcmError]) -> dict[str, type[LcmError]]:
+    found: dict[str, type[LcmError]] = {}
+    for child in kind.__subclasses__():
+        found |= _leaves(child)
+    return found | {kind.code: kind}
+
+
+def to_wire(error: LcmError) -> dict[str, Any]:
+    """``error`` as plain data, for the road between the processes."""
+    if isinstance(error, InputError):
+        return {"code": error.code, "field": error.field, "message": error.message, "kind": error.kind}
+    return {"code": error.code, "message": str(error)}
+
+
+def from_wire(data: dict[str, Any]) -> LcmError:
+    """The error that ``to_wire`` described; an unknown code is an internal error."""
+    kind = _leaves(LcmError).get(data["code"], LcmError)
+    if issubclass(kind, ImageError):
+        return kind(data["field"], data["message"])
+    if issubclass(kind, InputError):
+        return kind(data["field"], data["message"], data["kind"])
+    return kind(data["message"])

@@ -1,0 +1,108 @@
+"""Bytes by URL: data URIs, and pictures this server answered, kept in a folder for a bounded time; knows no HTTP.
+
+Blocking calls run in threads: a slow disk delays the request that asked, nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lcm_rt.errors import ImageError, InputError, NotFound
+from lcm_rt.metrics import Metrics
+from lcm_rt.wire import read_data_uri
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = {"image/jpeg": ".jpg", "image/png": ".png", "image/webp": ".webp"}
+CONTENT_TYPES = {suffix: content_type for content_type, suffix in SUFFIXES.items()}
+SWEEP_S = 30.0
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{22}\.(?:jpg|png|webp)")
+_PATH = re.compile(r"/files/([^/?#]+)")
+
+
+class Files:
+    """A folder of answered pictures under unguessable names.
+
+    Args:
+        folder: made when missing; nothing else may live there.
+        ttl_s: how long a file is kept. limit_bytes: how much all may take; the oldest go first.
+    """
+
+    def __init__(self, folder: Path, *, ttl_s: float, limit_bytes: int, metrics: Metrics) -> None:
+        self._folder = folder
+        self._ttl_s = ttl_s
+        self._limit_bytes = limit_bytes
+        self._metrics = metrics
+
+    async def put(self, data: bytes, content_type: str) -> str:
+        """Keep ``data``; returns its name, to be served under ``/files/``."""
+        name = secrets.token_urlsafe(16) + SUFFIXES[content_type]
+        await asyncio.to_thread(self._write, name, data)
+        return name
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._folder / f".{name}"
+        temporary.write_bytes(data)
+        temporary.rename(self._folder / name)  # so that nobody ever reads half of it
+
+    async def find(self, name: str) -> Path:
+        """Where the file ``name`` lies. Raises: NotFound, also once it has expired."""
+        path = self._folder / name
+        if not _NAME.fullmatch(name) or not await asyncio.to_thread(self._is_fresh, path):
+            raise NotFound("there is no such file, or it has expired")
+        return path
+
+    def _is_fresh(self, path: Path) -> bool:
+        try:
+            return path.stat().st_mtime + self._ttl_s > time.time()
+        except OSError:
+            return False
+
+    async def read(self, field: str, url: str) -> bytes:
+        """The bytes that a client's URL means.
+
+        Raises:
+            ImageError: a malformed data URI, or a file of ours that is gone; names ``field``.
+            InputError: some other address.
+        """
+        if url[:5].lower() == "data:":
+            return read_data_uri(field, url)
+        try:
+            match = _PATH.fullmatch(urlsplit(url).path)
+        except ValueError:
+            match = None
+        if not match:
+            raise InputError(field, "only data: URIs and pictures of this server's /files/ can be read", "url_scheme")
+        try:
+            path = await self.find(match[1])
+            return await asyncio.to_thread(path.read_bytes)
+        except (NotFound, OSError):
+            raise ImageError(field, "there is no such file here, or it has expired") from None
+
+    async def run(self) -> None:
+        """Remove expired files until cancelled."""
+        while True:
+            await asyncio.to_thread(self.sweep, time.time())
+            await asyncio.sleep(SWEEP_S)
+
+    def sweep(self, now: float) -> None:
+        """Remove what has expired by ``now`` (epoch seconds), then the oldest beyond the limit."""
+        try:
+            found = [(path.stat().st_mtime, path.stat().st_size, path) for path in self._folder.iterdir()]
+        except FileNotFoundError:
+            return
+        total = 0
+        for modified_at, size, path in sorted(found, reverse=True):
+            total += size
+            if modified_at + self._ttl_s <= now or total > self._limit_bytes:
+                path.unlink(missing_ok=True)
+                total -= size
+        self._metrics.file_bytes.set(total)

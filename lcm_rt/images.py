@@ -1,0 +1,124 @@
+"""Picture files to pixels and back, with limits checked before decoding; knows no tensor and no network.
+
+What becomes of an input picture, in this order: its EXIF orientation is applied, transparency is laid on white, it is
+scaled to cover the size asked for (or, without one, scaled down until no side exceeds ``MAX_SIDE``), and its middle is
+cut out: at the size asked for, or at the largest multiples of 8. A mask belongs to the picture's own pixels and takes
+the same road.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from lcm_rt.errors import ImageError, InputError
+from lcm_rt.types import MAX_SIDE, Format, GenerateRequest
+
+MAX_FILE_BYTES = 32 * 2**20
+MAX_PIXELS = 4096 * 4096
+MIN_SIDE = 64
+GRID = 8  # px; one latent of the VAEs served here
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other decoders are seldom used and seldom looked at.
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """What to paint on: a size, perhaps a picture (H, W, 3), perhaps a mask (H, W) that is True where to paint."""
+
+    width: int
+    height: int
+    image: npt.NDArray[np.uint8] | None = None
+    mask: npt.NDArray[np.bool_] | None = None
+
+
+def read_canvas(request: GenerateRequest, default_side: int) -> Canvas:
+    """Decode the picture and the mask of ``request`` and settle the size of its result.
+
+    Raises:
+        ImageError: a file is too large, broken, of an unknown format, or does not fit the other.
+        InputError: there is a mask, but no picture.
+    """
+    if request.image is None:
+        if request.mask is not None:
+            raise InputError("mask", "a mask needs an image")
+        width, height = request.size or (default_side, default_side)
+        return Canvas(width, height)
+    image = _on(_open("image", request.image), "white").convert("RGB")
+    mask = None
+    if request.mask is not None:
+        # Drawn on a transparent layer, as browsers do, only the strokes are to be filled: so black, not white.
+        mask = _on(_open("mask", request.mask), "black").convert("L")
+        if mask.size != image.size:
+            raise ImageError("mask", f"is {_times(mask.size)} pixels, but the image is {_times(image.size)}")
+    scaled, size = _plan(image.size, request.size)
+    if min(size) < MIN_SIDE:
+        raise ImageError("image", f"{_times(image.size)} pixels is too small: no side of the result may be under 64")
+    pixels = np.array(_fit(image, scaled, size))
+    filled = None if mask is None else np.array(_fit(mask, scaled, size)) >= 128
+    return Canvas(*size, pixels, filled)
+
+
+def encode_picture(pixels: npt.NDArray[np.uint8], format: Format, quality: int) -> tuple[bytes, str]:
+    """``pixels`` (H, W, 3) as a file, and its content type; for real-time use: fast before small."""
+    options: dict[str, int] = {
+        "jpeg": {"quality": quality},
+        "png": {"compress_level": 1},
+        "webp": {"quality": quality, "method": 0},
+    }[format]
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format.upper(), **options)
+    return file.getvalue(), f"image/{format}"
+
+
+def _open(field: str, data: bytes) -> Image.Image:
+    """Decode the first picture of a file, upright, after a look at its header alone."""
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(field, f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            if picture.width * picture.height <= MAX_PIXELS:
+                return ImageOps.exif_transpose(picture)
+            size = picture.size
+    except Exception as error:  # Pillow's decoders raise almost anything on a broken file.
+        raise ImageError(field, "is not a PNG, JPEG, WebP or GIF file that can be decoded") from error
+    raise ImageError(field, f"is {_times(size)} pixels; at most {MAX_PIXELS / 1e6:.1f} million are taken")
+
+
+def _on(picture: Image.Image, ground: str) -> Image.Image:
+    """Lay transparency on one colour; bring 16-bit grey to 8."""
+    if picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if not picture.has_transparency_data:
+        return picture
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer)
+
+
+def _plan(size: tuple[int, int], wanted: tuple[int, int] | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size to scale to, and the size of the middle to cut out of that."""
+    width, height = size
+    if wanted is None:
+        factor = min(1.0, MAX_SIDE / max(size))
+        scaled = (round(width * factor), round(height * factor))
+        return scaled, (scaled[0] // GRID * GRID, scaled[1] // GRID * GRID)
+    factor = max(wanted[0] / width, wanted[1] / height)
+    # Rounding may lose the pixel that covers the edge.
+    return (max(wanted[0], math.ceil(width * factor - 0.5)), max(wanted[1], math.ceil(height * factor - 0.5))), wanted
+
+
+def _fit(picture: Image.Image, scaled: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    if scaled != picture.size:
+        picture = picture.resize(scaled, Image.Resampling.LANCZOS)
+    if size == scaled:
+        return picture
+    left, top = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
+    return picture.crop((left, top, left + size[0], top + size[1]))
+
+
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

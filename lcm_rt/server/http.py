@@ -1,0 +1,129 @@
+"""Plain HTTP: one picture per request, health, models, metrics and answered files."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from lcm_rt import wire
+from lcm_rt.errors import InputError, LcmError, ModelLoading
+from lcm_rt.files import CONTENT_TYPES
+from lcm_rt.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
+from lcm_rt.service import Service
+
+RETRY_AFTER_S = "2"
+
+
+def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(data), status, headers, "application/json")
+
+
+def error_response(error: LcmError, headers: dict[str, str] | None = None) -> Response:
+    """Any error as the platform's JSON: ``detail``, ``message``, and a header with its type."""
+    headers = {"x-fal-error-type": error.code, **(headers or {})}
+    if error.retryable:
+        headers["retry-after"] = RETRY_AFTER_S
+    return Response(wire.error_body(error), error.status, headers, "application/json")
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """The one place where errors become HTTP."""
+    assert isinstance(error, LcmError)
+    return error_response(error, getattr(request.state, "headers", None))
+
+
+async def on_crash(request: Request, error: Exception) -> Response:
+    """An error nobody foresaw; the log has its traceback, the client only its code."""
+    return error_response(LcmError("the server failed on this request"), getattr(request.state, "headers", None))
+
+
+async def run(request: Request) -> Response:
+    """``POST /run/fal-ai/lcm``: one picture, as JSON with a URL, or inline with ``sync_mode``."""
+    service: Service = request.app.state.service
+    request.state.headers = headers = {"x-fal-request-id": secrets.token_hex(16)}
+    app_model = service.model_of_app(request.path_params["app"])
+    wanted = wire.parse_input(_json(await _body(request)))
+    generating = asyncio.ensure_future(service.run(wanted, app_model=app_model, priority="run"))
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({generating, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not generating.done():
+            return Response(status_code=499)  # nobody is there to read it
+        output = generating.result()
+    finally:
+        generating.cancel()
+        leaving.cancel()
+    images = []
+    for result in output.results:
+        if wanted.sync_mode:
+            url = wire.data_uri(result)
+        else:
+            url = str(request.url_for("file", name=await service.files.put(result.image, result.content_type)))
+        images.append(wire.image_entry(result, url))
+    return json_response({"images": images, **wire.output_fields(output)}, headers=headers)
+
+
+async def _left(request: Request) -> None:
+    """Wait until the client hangs up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > wire.MAX_MESSAGE_BYTES:
+            raise InputError("body", f"is larger than {wire.MAX_MESSAGE_BYTES >> 20} MiB", "too_long")
+    return bytes(body)
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InputError("body", "is not valid JSON", "json_invalid") from error
+
+
+async def file(request: Request) -> Response:
+    """``GET /files/{name}``: a picture that was answered by URL, until it expires."""
+    path = await request.app.state.service.files.find(request.path_params["name"])
+    return FileResponse(path, media_type=CONTENT_TYPES[path.suffix])
+
+
+async def models(request: Request) -> Response:
+    """``GET /models``: what is served here, and how far it is loaded."""
+    workers = request.app.state.service.workers
+    return json_response({"models": workers.describe(), "device": workers.device_name})
+
+
+async def live(request: Request) -> Response:
+    """``GET /health/live``: the front's loop turns."""
+    return json_response({"status": "ok"})
+
+
+async def health(request: Request) -> Response:
+    """``GET /health``: 200 while the front lives, with the state of the engine in words."""
+    workers = request.app.state.service.workers
+    status = "failed" if workers.failure else "ready" if workers.is_ready else "loading"
+    return json_response({"status": status, "stage": workers.stage})
+
+
+async def ready(request: Request) -> Response:
+    """``GET /health/ready``: 200 once every model has made a picture, else 503 with the reason."""
+    workers = request.app.state.service.workers
+    if workers.failure:
+        return error_response(workers.failure)
+    if not workers.is_ready:
+        return error_response(ModelLoading(f"the model is loading ({workers.stage})"))
+    return json_response({"status": "ok"})
+
+
+async def metrics(request: Request) -> Response:
+    """``GET /metrics``: Prometheus text."""
+    return Response(request.app.state.service.metrics.render(), media_type=METRICS_CONTENT_TYPE)

@@ -1,0 +1,258 @@
+"""Realtime over a WebSocket: a thin shell around ``session``, one connection at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import re
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from lcm_rt import wire
+from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Superseded
+from lcm_rt.service import Ongoing, Service
+from lcm_rt.session import Message, Session
+
+logger = logging.getLogger(__name__)
+
+Frame = bytes | str
+
+_SUFFIX = re.compile(r"(?:/realtime|/ws)+/?$")
+_MAX_BUFFERING = 60  # the largest value that the platform's clients let through
+
+
+def app_of_path(path: str) -> str:
+    """The application id in a WebSocket's path: older clients append ``/realtime`` twice, or ``/ws``."""
+    return _SUFFIX.sub("", "/" + path.strip("/")).strip("/")
+
+
+def max_buffering_of(value: str | None) -> int:
+    """The ``max_buffering`` of the query; anything that is no number from 1 to 60 means latest wins."""
+    return int(value) if value and value.isdecimal() and 1 <= int(value) <= _MAX_BUFFERING else 1
+
+
+class Realtime:
+    """Accepts realtime connections on any path.
+
+    Args:
+        idle_timeout_s: a connection without messages is closed after this.
+        send_timeout_s: a client that takes longer to read one frame is cut.
+    """
+
+    def __init__(self, service: Service, *, max_sessions: int, idle_timeout_s: float, send_timeout_s: float) -> None:
+        self._service = service
+        self._max_sessions = max_sessions
+        self._idle_timeout_s = idle_timeout_s
+        self._send_timeout_s = send_timeout_s
+        self._numbers = itertools.count(1)
+        self._open = 0
+
+    async def serve(self, websocket: WebSocket) -> None:
+        """The endpoint. The handshake never fails: the platform's clients would retry it for ever."""
+        await websocket.accept()
+        try:
+            if self._open >= self._max_sessions:
+                raise Overloaded(f"{self._max_sessions} realtime connections are open already")
+            model = self._service.model_of_app(app_of_path(websocket.path_params["path"]))
+        except LcmError as error:
+            await self._refuse(websocket, error)
+            return
+        self._open += 1
+        self._service.metrics.sessions.set(self._open)
+        connection = _Connection(
+            websocket,
+            self._service,
+            name=f"session-{next(self._numbers)}",
+            model=model,
+            max_buffering=max_buffering_of(websocket.query_params.get("max_buffering")),
+            idle_timeout_s=self._idle_timeout_s,
+            send_timeout_s=self._send_timeout_s,
+        )
+        try:
+            await connection.run()
+        finally:
+            self._open -= 1
+            self._service.metrics.sessions.set(self._open)
+
+    async def _refuse(self, websocket: WebSocket, error: LcmError) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await websocket.send_text(wire.encode_error(error))
+                await websocket.close(1000)
+        except (WebSocketDisconnect, TimeoutError):
+            pass  # it left before it could be told
+
+
+class _Connection:
+    """One client: a reader, a writer, and a task for each message past the mailbox."""
+
+    def __init__(
+        self,
+        websocket: WebSocket,
+        service: Service,
+        *,
+        name: str,
+        model: str,
+        max_buffering: int,
+        idle_timeout_s: float,
+        send_timeout_s: float,
+    ) -> None:
+        self._websocket = websocket
+        self._service = service
+        self._name = name
+        self._model = model
+        self._session: Session[Frame] = Session(max_buffering)
+        self._idle_timeout_s = idle_timeout_s
+        self._send_timeout_s = send_timeout_s
+        # Bounded by the session's window, and by one notice per start of the engine.
+        self._outbox: asyncio.Queue[tuple[Frame, bool]] = asyncio.Queue()
+        self._ongoing: dict[Message[Frame], Ongoing] = {}
+        self._counted = 0
+        self._waking: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Serve until the client leaves, is idle or does not read."""
+        begun_at = time.monotonic()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                tasks.create_task(self._write())
+                tasks.create_task(self._read())
+        except* (_Ended, WebSocketDisconnect) as group:
+            reason = str(group.exceptions[0]) or "the client left"
+        finally:
+            self._count()
+        logger.info(
+            "%s ended after %.0f s (%s): %d messages, %d superseded",
+            self._name,
+            time.monotonic() - begun_at,
+            reason,
+            self._session.received,
+            self._session.superseded,
+        )
+
+    async def _read(self) -> None:
+        """Take every frame from the socket at once, so that only the newest waits."""
+        while True:
+            try:
+                async with asyncio.timeout(self._idle_timeout_s):
+                    event = await self._websocket.receive()
+            except TimeoutError:
+                await self._close(wire.encode_idle_timeout())
+                raise _Ended("idle") from None
+            if event["type"] == "websocket.disconnect":
+                raise _Ended("the client left")
+            frame = event.get("bytes")
+            self._receive(event["text"] if frame is None else frame)
+
+    def _receive(self, frame: Frame) -> None:
+        self._service.metrics.messages.inc()
+        for message in self._session.receive(frame, time.perf_counter()):
+            if ongoing := self._ongoing.get(message):
+                ongoing.supersede()
+        self._count()
+        self._advance()
+
+    def _advance(self) -> None:
+        """Start what the window has room for; while the engine loads, messages wait in the mailbox."""
+        if not self._service.workers.is_ready:
+            if self._waking is None and self._session.waiting:
+                self._outbox.put_nowait((wire.encode_notice("loading", stage=self._service.workers.stage), False))
+                self._waking = self._tasks.create_task(self._wake())
+            return
+        while message := self._session.take():
+            self._tasks.create_task(self._serve(message))
+
+    async def _wake(self) -> None:
+        """Go on once the engine is ready."""
+        try:
+            await self._service.workers.wait_ready()
+        except LcmError:
+            pass  # each message is told when it is submitted
+        self._waking = None
+        self._advance()
+
+    async def _serve(self, message: Message[Frame]) -> None:
+        """See one message through to its answer."""
+        data: Any = None
+        try:
+            data = wire.decode_frame(message.frame)
+            wanted = wire.parse_input(data)
+            ongoing = await self._service.start(
+                wanted,
+                app_model=self._model,
+                priority="realtime",
+                session=self._name,
+                on_begun=lambda: self._session.begun(message),
+            )
+            self._ongoing[message] = ongoing
+            if message.dropped:  # while its pictures were being looked up
+                ongoing.supersede()
+            output = await ongoing.output()
+        except Superseded:
+            self._answer(message)
+        except (EngineLost, ModelLoading) as error:
+            if self._session.retry(message):
+                self._ongoing.pop(message, None)
+                self._advance()
+            elif message.dropped and not message.begun:
+                self._answer(message)
+            else:
+                self._fail(message, error, data)
+        except LcmError as error:
+            self._fail(message, error, data)
+        except Exception:
+            logger.exception("%s: a message failed", self._name)
+            self._fail(message, LcmError("the server failed on this message"), data)
+        else:
+            self._service.count(output, "realtime")
+            self._answer(message, wire.encode_output(output, wanted, message.frame))
+
+    def _fail(self, message: Message[Frame], error: LcmError, data: Any) -> None:
+        self._service.metrics.errors.labels(error.code).inc()
+        self._answer(message, wire.encode_error(error, wire.request_id_of(data)))
+
+    def _answer(self, message: Message[Frame], *replies: Frame) -> None:
+        self._ongoing.pop(message, None)
+        for reply in self._session.answer(message, *replies):
+            self._outbox.put_nowait((reply, True))
+        self._count()
+        self._advance()
+
+    def _count(self) -> None:
+        self._service.metrics.superseded.inc(self._session.superseded - self._counted)
+        self._counted = self._session.superseded
+
+    async def _write(self) -> None:
+        """Send what is ready, in order; a client that does not read is cut."""
+        while True:
+            frame, is_reply = await self._outbox.get()
+            await self._send(
+                self._websocket.send_text(frame) if isinstance(frame, str) else self._websocket.send_bytes(frame)
+            )
+            if is_reply:
+                self._session.sent()
+                self._advance()
+
+    async def _send(self, sending: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await sending
+        except TimeoutError:
+            raise _Ended("the client does not read") from None
+        except RuntimeError:
+            raise _Ended("the client left") from None  # starlette: a send after the close
+
+    async def _close(self, frame: str) -> None:
+        """Say why, then close normally: any other code would look like an error to the platform's clients."""
+        if self._websocket.application_state is WebSocketState.CONNECTED:
+            await self._send(self._websocket.send_text(frame))
+            await self._send(self._websocket.close(1000))
+
+
+class _Ended(Exception):
+    """The connection is over; its text says why, for the log."""

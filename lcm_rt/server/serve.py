@@ -1,0 +1,124 @@
+"""Listen: socket, uvicorn, and what the operator is told on the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from contextlib import ExitStack
+
+import uvicorn
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from starlette.applications import Starlette
+
+import lcm_rt
+from lcm_rt import wire
+from lcm_rt.errors import LcmError
+from lcm_rt.server.app import create_app, create_service
+from lcm_rt.settings import Settings
+from lcm_rt.workers import Workers
+
+DRAIN_S = 5
+"""How long a stop waits for answers under way; a client that does not read cannot hold it longer."""
+
+_USER_TIMEOUT_MS = 20_000
+_SEND_BUFFER_BYTES = 256 * 2**10
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket whose connections do not outlive their clients.
+
+    uvicorn's keepalive cannot free a client that has stopped reading, TCP_USER_TIMEOUT can; and a small send buffer
+    keeps stale pictures out of the kernel. Both are inherited by accepted sockets. Raises: OSError.
+    """
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    end = socket.socket(family, socket.SOCK_STREAM)
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+    try:
+        end.bind((host, port))
+    except OSError as error:
+        end.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return end
+
+
+def uvicorn_config(app: Starlette) -> uvicorn.Config:
+    """How uvicorn serves ``app``."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",  # at "info" it would log tokens, which are in the query
+        access_log=False,
+        server_header=False,
+        ws="websockets-sansio",
+        ws_max_size=wire.MAX_MESSAGE_BYTES,
+        ws_per_message_deflate=False,  # JPEG does not shrink, and the loop would pay
+        ws_ping_interval=20,
+        ws_ping_timeout=20,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+
+
+async def serve(settings: Settings) -> int:
+    """Serve until told to stop; the exit status. Raises: OSError, LcmError: it cannot even start."""
+    console = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    service = create_service(settings)
+    workers = service.workers
+    app = create_app(settings, service)
+    end = listen(settings.host, settings.port)
+    server = uvicorn.Server(uvicorn_config(app))
+    host, port = end.getsockname()[:2]
+    shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else host
+    console.print(
+        f"[bold]lcm-rt {lcm_rt.__version__}[/]  http://{shown}:{port}/  (loading; the page is there already)",
+        soft_wrap=True,
+    )
+    async with asyncio.TaskGroup() as tasks:
+        watching = tasks.create_task(_announce(workers, console, f"{shown}:{port}"))
+        await server.serve(sockets=[end])
+        watching.cancel()
+    return 1 if workers.failure else 0
+
+
+async def _announce(workers: Workers, console: Console, address: str) -> None:
+    """Show each model's load stages, then where to go. A failure stops nothing: /health/ready and the page tell it."""
+    with ExitStack() as stack:
+        progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+        )
+        bars: dict[str, TaskID] = {name: progress.add_task(name, total=1.0) for name in workers.models}
+        if console.is_terminal:
+            stack.enter_context(progress)
+        said: dict[str, str] = {}
+        changed = asyncio.Event()
+        workers.on_change = changed.set
+        while not workers.is_ready:
+            await changed.wait()
+            changed.clear()
+            for name, model in workers.models.items():
+                progress.update(bars[name], completed=model.progress, description=f"{name}: {model.stage}")
+                if not console.is_terminal and said.get(name) != model.stage:
+                    said[name] = model.stage
+                    console.print(f"{name}: {model.stage}")
+        workers.on_change = lambda: None
+    try:
+        await workers.wait_ready()
+    except LcmError:
+        return  # logged where it happened
+    loads = ", ".join(f"{name} in {model.load_seconds:.1f} s" for name, model in workers.models.items())
+    console.print(f"[bold green]ready[/] on {workers.device_name}: {loads}")
+    console.print(f"  page       http://{address}/")
+    console.print(f'  one shot   curl -s http://{address}/run/fal-ai/lcm -d \'{{"prompt": "sunset over a lake"}}\'')
+    console.print(
+        f"  realtime   ws://{address}/fal-ai/lcm/realtime   (msgpack or JSON, as the fal clients speak it)",
+        soft_wrap=True,
+    )
+    console.print("  clients    docs/clients.md says how to point @fal-ai/client and fal-client here", soft_wrap=True)

@@ -1,0 +1,67 @@
+"""What an operator may choose; read once at the roof and passed down as values.
+
+Each field is a flag of ``lcm-rt serve``, a variable ``LCM_RT_<NAME>`` and a key of the TOML file that
+``LCM_RT_CONFIG`` names, in that order of precedence. An unknown key in the file is an error.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+
+def _default_data_dir() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lcm-rt"
+
+
+class Settings(BaseSettings):
+    """Every setting of a server, with its default."""
+
+    model_config = SettingsConfigDict(env_prefix="LCM_RT_", extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    insecure: bool = Field(False, description="Allow an address that other machines reach, though there are no keys.")
+    data_dir: Path = Field(default_factory=_default_data_dir, description="Where answered pictures are kept.")
+    models: list[str] = Field(["embedded"], min_length=1, description="Models to serve; the first is the default.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    compile: bool = Field(False, description="torch.compile the networks: slower start, faster pictures.")
+    max_rows: int = Field(8, ge=1, le=64, description="Pictures that are denoised at a time; also the largest batch.")
+    max_sessions: int = Field(256, ge=1, description="Realtime connections at a time.")
+    max_pending: int = Field(256, ge=1, description="Requests at the engine at a time, before 429.")
+    idle_timeout_s: float = Field(300, gt=0, description="A realtime connection without messages is closed after this.")
+    send_timeout_s: float = Field(10, gt=0, description="A client that takes longer to read one frame is cut.")
+    hang_timeout_s: float = Field(60, gt=0, description="An engine that makes no progress for this long is restarted.")
+    file_ttl_s: float = Field(3600, gt=0, description="How long an answered picture is kept for its URL.")
+    file_limit_mb: int = Field(1024, ge=1, description="Most that answered pictures may take on disk; oldest go first.")
+
+    @field_validator("data_dir")
+    @classmethod
+    def _expand(cls, path: Path) -> Path:
+        return path.expanduser().resolve()
+
+    @property
+    def is_loopback(self) -> bool:
+        """Only this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources = [init_settings, env_settings]
+        if path := os.environ.get("LCM_RT_CONFIG"):
+            sources.append(TomlConfigSettingsSource(settings_cls, Path(path)))
+        return tuple(sources)

@@ -1,0 +1,126 @@
+"""The nouns of one generation; knows no socket, no tensor, no picture.
+
+``GenerateInput`` is what a client says, in the platform's field names and with its defaults. ``GenerateRequest`` is the
+same, resolved: nothing is left to guess. ``GenerateResult`` is one finished picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_SEED = 2**32 - 1  # torch's CPU generator takes 32 bits: 2**32 would be seed 0 again.
+MAX_SIDE = 1024  # px; larger input pictures are scaled down to it, larger outputs refused.
+MAX_IMAGES = 8
+MAX_STEPS = 50  # the length of the schedule that LCMs are distilled on
+
+Format = Literal["jpeg", "png", "webp"]
+Priority = Literal["realtime", "run", "queue"]
+
+SIZES = {
+    "square_hd": (1024, 1024),
+    "square": (512, 512),
+    "portrait_4_3": (768, 1024),
+    "portrait_16_9": (576, 1024),
+    "landscape_4_3": (1024, 768),
+    "landscape_16_9": (1024, 576),
+}
+"""Named values of ``image_size``: (width, height) in pixels."""
+
+SizeName = Literal["square_hd", "square", "portrait_4_3", "portrait_16_9", "landscape_4_3", "landscape_16_9"]
+Side = Annotated[int, Field(ge=64, le=MAX_SIDE, multiple_of=8)]
+
+
+class ImageSize(BaseModel):
+    """A size in pixels; both sides are multiples of 8."""
+
+    width: Side
+    height: Side
+
+
+class GenerateInput(BaseModel):
+    """One message of a client. Unknown keys are ignored; ``null`` means the default."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+    prompt: str = Field(max_length=10_000)
+    negative_prompt: str = Field("", max_length=10_000)
+    model: str | None = Field(None, max_length=200)
+    model_name: str | None = Field(None, max_length=200, description="A hub repository; a hint, unlike `model`.")
+    image_url: str | None = None
+    image_bytes: bytes | None = None
+    image: bytes | None = Field(None, description="The older name of `image_bytes`.")
+    mask_url: str | None = None
+    mask_bytes: bytes | None = None
+    strength: float = Field(0.8, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, le=2**53 - MAX_IMAGES)
+    guidance_scale: float = Field(1.0, ge=0, le=20)
+    num_inference_steps: int = Field(4, ge=1, le=MAX_STEPS)
+    image_size: SizeName | ImageSize | None = None
+    num_images: int = Field(1, ge=1, le=MAX_IMAGES)
+    sync_mode: bool = False
+    format: Format = "jpeg"
+    quality: int = Field(80, ge=1, le=100)
+    request_id: str | int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        # A JavaScript ArrayBuffer arrives as an empty map when its msgpack encoder does not know the type.
+        return {key: value for key, value in data.items() if value is not None and value != {}}
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One picture to make, with nothing left to guess; this crosses to the engine process.
+
+    ``image`` and ``mask`` are the bytes of picture files. ``size`` is (width, height), or None for the input picture's
+    own size (text-to-image: the model's). ``session`` is shared by the messages of one realtime connection, of which
+    only one at a time is stepped.
+    """
+
+    model: str
+    prompt: str
+    seed: int
+    negative_prompt: str = ""
+    image: bytes | None = None
+    mask: bytes | None = None
+    strength: float = 0.8
+    guidance_scale: float = 1.0
+    num_inference_steps: int = 4
+    size: tuple[int, int] | None = None
+    format: Format = "jpeg"
+    quality: int = 80
+    priority: Priority = "run"
+    session: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """One finished picture, as the bytes of a file.
+
+    ``timings`` are seconds per stage; ``batch`` is the largest number of rows that a forward of it had.
+    """
+
+    image: bytes
+    content_type: str
+    width: int
+    height: int
+    seed: int
+    model: str
+    num_inference_steps: int
+    timings: dict[str, float] = field(default_factory=dict)
+    batch: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOutput:
+    """The answer to one ``GenerateInput``: ``num_images`` pictures, and what the client needs to tell them apart."""
+
+    results: list[GenerateResult]
+    prompt: str
+    request_id: str | int | None

@@ -1,0 +1,175 @@
+"""Frames and bodies to types and back: the only place with the platform's message shapes; knows no socket.
+
+A binary frame is msgpack, a text frame is JSON, decided per frame; an answer is in the codec of its question. Control
+frames are always JSON text, because the platform's older clients hand every binary frame to the application.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import msgpack
+import orjson
+from pydantic import ValidationError
+
+from lcm_rt.errors import ImageError, InputError, LcmError
+from lcm_rt.types import GenerateInput, GenerateOutput, GenerateResult
+
+MAX_MESSAGE_BYTES = 32 * 2**20
+
+_DATA_URI = re.compile(r"data:[^,;]*(?P<parameters>(?:;[^,;]*)*),(?P<data>.*)", re.DOTALL | re.IGNORECASE)
+
+
+def decode_frame(frame: bytes | str) -> dict[str, Any]:
+    """The map that a client's frame holds.
+
+    Raises:
+        InputError: not msgpack (bytes) or JSON (text), too deep, too many elements, or not a map.
+    """
+    try:
+        if isinstance(frame, str):
+            data = orjson.loads(frame)
+        else:
+            # Limits on element counts, because a megabyte of msgpack can ask for seventy of objects.
+            data = msgpack.unpackb(
+                frame,
+                strict_map_key=True,
+                max_str_len=MAX_MESSAGE_BYTES,
+                max_bin_len=MAX_MESSAGE_BYTES,
+                max_array_len=1024,
+                max_map_len=256,
+                max_ext_len=16,
+            )
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        codec = "JSON" if isinstance(frame, str) else "msgpack"
+        raise InputError("body", f"this frame is not valid {codec}", "frame_invalid") from error
+    if not isinstance(data, dict):
+        raise InputError("body", "a message must be a map of field names to values", "dict_type")
+    return data
+
+
+def parse_input(data: Any) -> GenerateInput:
+    """Validate a client's map.
+
+    Raises:
+        InputError: names the first field that is wrong; ``detail()`` has one entry for each.
+    """
+    try:
+        return GenerateInput.model_validate(data)
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False, include_context=False, include_input=False)
+        raise InputError(
+            ".".join(map(str, first["loc"])) or "body",
+            first["msg"],
+            first["type"],
+            [{"loc": ["body", *other["loc"]], "msg": other["msg"], "type": other["type"]} for other in others],
+        ) from None
+
+
+def read_data_uri(field: str, uri: str) -> bytes:
+    """The bytes that a ``data:`` URI holds (RFC 2397).
+
+    Raises:
+        ImageError: malformed; names ``field``.
+    """
+    match = _DATA_URI.fullmatch(uri)
+    if not match:
+        raise ImageError(field, "this data URI has no comma before its data")
+    if not match["parameters"].lower().endswith(";base64"):
+        return unquote_to_bytes(match["data"])
+    try:
+        return base64.b64decode(match["data"].strip(), validate=True)
+    except (binascii.Error, ValueError):
+        raise ImageError(field, "this data URI is not valid base64") from None
+
+
+def data_uri(result: GenerateResult) -> str:
+    return f"data:{result.content_type};base64,{base64.b64encode(result.image).decode()}"
+
+
+def output_fields(output: GenerateOutput) -> dict[str, Any]:
+    """What every answer says beside its pictures."""
+    first = output.results[0]
+    fields: dict[str, Any] = {
+        "timings": {name: round(seconds, 5) for name, seconds in first.timings.items()},
+        "seed": first.seed,
+        "num_inference_steps": first.num_inference_steps,
+        "prompt": output.prompt,
+        "model": first.model,
+    }
+    if output.request_id is not None:
+        fields["request_id"] = output.request_id
+    return fields
+
+
+def image_entry(result: GenerateResult, url: str) -> dict[str, Any]:
+    """One of ``images``, by reference."""
+    return {"url": url, "width": result.width, "height": result.height, "content_type": result.content_type}
+
+
+def encode_output(output: GenerateOutput, wanted: GenerateInput, frame: bytes | str) -> bytes | str:
+    """The answer to ``wanted``, which came as ``frame``, in that frame's codec.
+
+    JSON text carries data URIs. Msgpack carries bytes, unless the client asked for ``sync_mode`` or sent its own
+    picture as a URL: such applications put ``images[0].url`` into an ``<img>``.
+    """
+    if isinstance(frame, str):
+        images = [image_entry(result, data_uri(result)) for result in output.results]
+        return orjson.dumps({"images": images, **output_fields(output)}).decode()
+    if wanted.sync_mode or wanted.image_url is not None:
+        images = [image_entry(result, data_uri(result)) for result in output.results]
+        return bytes(msgpack.packb({"images": images, **output_fields(output)}))
+    images = [
+        {"content": r.image, "width": r.width, "height": r.height, "content_type": r.content_type}
+        for r in output.results
+    ]
+    fields = {"images": images, **output_fields(output)}
+    if wanted.image is not None:
+        fields["image"] = output.results[0].image  # the first camera demos read it here
+    return bytes(msgpack.packb(fields))
+
+
+def encode_error(error: LcmError, request_id: Any = None) -> str:
+    """A control frame: the message failed, the socket stays usable.
+
+    The keys beside ``type``, ``error`` and ``reason`` are ours; the platform's clients hand them on untouched.
+    """
+    frame: dict[str, Any] = {
+        "type": "x-fal-error",
+        "error": error.code,
+        "reason": str(error),
+        "retryable": error.retryable,
+    }
+    if isinstance(error, InputError):
+        frame["detail"] = error.detail()
+    if request_id is not None:
+        frame["request_id"] = request_id
+    return orjson.dumps(frame, default=str).decode()
+
+
+def encode_notice(action: str, **fields: Any) -> str:
+    """A control frame that the platform's clients skip and our page reads."""
+    return orjson.dumps({"type": "x-fal-message", "action": action, **fields}).decode()
+
+
+def encode_idle_timeout() -> str:
+    """The control frame before an idle connection is closed; the platform's clients take it for a normal end."""
+    return orjson.dumps(
+        {"type": "x-fal-error", "error": "TIMEOUT", "reason": "no inputs, reconnect when needed!"}
+    ).decode()
+
+
+def request_id_of(data: Any) -> str | int | None:
+    """The request id in a map that may be invalid otherwise."""
+    value = data.get("request_id") if isinstance(data, dict) else None
+    return value if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+def error_body(error: LcmError) -> bytes:
+    """An error as a JSON body: ``detail`` for the Python clients, ``message`` for the JavaScript ones."""
+    detail: Any = error.detail() if isinstance(error, InputError) else str(error)
+    return orjson.dumps({"detail": detail, "message": str(error), "error_type": error.code})

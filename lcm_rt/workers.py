@@ -1,0 +1,288 @@
+"""The engine processes seen from the front: spawn, watch, restart, submit, drop; knows no torch and no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lcm_rt import catalog
+from lcm_rt.channel import AsyncChannel, Message
+from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Unavailable, from_wire
+from lcm_rt.metrics import Metrics
+from lcm_rt.types import GenerateRequest, GenerateResult
+
+logger = logging.getLogger(__name__)
+
+FIRST_RESTART_S = 0.1
+LAST_RESTART_S = 10.0
+HEALTHY_S = 60.0
+"""An engine that lived this long starts again with the shortest pause."""
+PING_S = 5.0
+STOP_S = 5.0
+
+
+@dataclass(slots=True)
+class ModelState:
+    """How far a model is: ``state`` is loading, ready or failed; ``progress`` is 0 to 1 within ``stage``."""
+
+    spec: catalog.ModelSpec
+    state: str = "loading"
+    stage: str = "start"
+    progress: float = 0.0
+    load_seconds: float | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Generation:
+    """One request at the engine. ``result`` is a future of a ``GenerateResult``, or of an ``LcmError``."""
+
+    key: int
+    result: asyncio.Future[GenerateResult]
+    on_begun: Callable[[], None] | None
+    _drop: Callable[[int, bool], None] = field(repr=False)
+
+    def supersede(self) -> None:
+        """Drop it unless it has begun; then ``result`` raises Superseded."""
+        self._drop(self.key, False)
+
+    def cancel(self) -> None:
+        """Drop it wherever it is: nobody waits for it."""
+        self._drop(self.key, True)
+
+
+class Workers:
+    """The engine process of one device, kept alive.
+
+    Args:
+        models: rows to load, in order; the first is the default.
+    """
+
+    def __init__(
+        self,
+        models: list[catalog.ModelSpec],
+        *,
+        device: str,
+        compile: bool,
+        max_rows: int,
+        max_pending: int,
+        hang_timeout_s: float,
+        metrics: Metrics,
+    ) -> None:
+        self.models = {spec.name: ModelState(spec) for spec in models}
+        self.device_name: str | None = None
+        self.failure: LcmError | None = None
+        self.pid: int | None = None
+        self.on_change: Callable[[], None] = lambda: None  # readiness or a load stage is another
+        self._start: Message = {
+            "models": [dataclasses.asdict(spec) | {"path": str(spec.path)} for spec in models],
+            "device": device,
+            "compile": compile,
+            "max_rows": max_rows,
+        }
+        self._max_pending = max_pending
+        self._hang_timeout_s = hang_timeout_s
+        self._metrics = metrics
+        self.command: tuple[str, ...] = (sys.executable, "-m", "lcm_rt.worker")
+        self._channel: AsyncChannel | None = None
+        self._ready = asyncio.Event()
+        self._pending: dict[int, Generation] = {}
+        self._keys = itertools.count(1)
+        self._turns = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """The engine has loaded every model and run each once."""
+        return self._ready.is_set()
+
+    async def wait_ready(self) -> None:
+        """Wait until requests are answered. Raises: LcmError if the engine cannot ever start."""
+        await self._ready.wait()
+        if self.failure:
+            raise self.failure
+
+    def submit(self, request: GenerateRequest, on_begun: Callable[[], None] | None = None) -> Generation:
+        """Hand a request to the engine process.
+
+        Raises:
+            ModelLoading: no engine is ready yet. Unavailable: none ever will be. Overloaded: too many are pending.
+        """
+        if self.failure:
+            raise self.failure
+        if not self.is_ready or self._channel is None:
+            raise ModelLoading(f"the model is loading ({self.stage})")
+        if len(self._pending) >= self._max_pending:
+            raise Overloaded(f"{self._max_pending} requests are waiting already; try again soon")
+        key = next(self._keys)
+        generation = Generation(key, asyncio.get_running_loop().create_future(), on_begun, self._drop)
+        self._pending[key] = generation
+        self._metrics.pending.set(len(self._pending))
+        # Not dataclasses.asdict: it would copy the picture's bytes.
+        fields = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
+        self._channel.send({"op": "submit", "key": key, "request": fields})
+        return generation
+
+    @property
+    def stage(self) -> str:
+        """The load stage of the first model that is not ready, in words."""
+        for name, model in self.models.items():
+            if model.state != "ready":
+                return f"{name}: {model.stage} {model.progress:.0%}"
+        return "ready"
+
+    async def run(self) -> None:
+        """Keep the engine process alive until cancelled; then end it."""
+        pause = FIRST_RESTART_S
+        while True:
+            begun_at = time.monotonic()
+            status = await self._live_once()
+            if self.failure:
+                logger.error("the engine cannot start: %s", self.failure)
+                return
+            lived = time.monotonic() - begun_at
+            pause = FIRST_RESTART_S if lived > HEALTHY_S else min(pause * 2, LAST_RESTART_S)
+            logger.error("the engine process ended with status %s after %.1f s; again in %.1f s", status, lived, pause)
+            self._metrics.restarts.inc()
+            await asyncio.sleep(pause)
+
+    async def _live_once(self) -> int | None:
+        """Spawn one engine process and serve its messages until it is gone."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *self.command, str(theirs.fileno()), pass_fds=(theirs.fileno(),)
+            )
+        self.pid = process.pid
+        self._channel = channel = await AsyncChannel.open(ours)
+        channel.send(self._start)
+        watch = asyncio.create_task(self._watch(process, channel))
+        try:
+            while messages := await channel.receive():
+                for message in messages:
+                    self._handle(message)
+        finally:
+            watch.cancel()
+            channel.close()
+            self._lose()
+            await _end(process)
+        return process.returncode
+
+    def _lose(self) -> None:
+        """The engine is gone: every pending request ends in a retryable error."""
+        self._channel = None
+        self.pid = None
+        if not self.failure:
+            self._ready.clear()
+        self._metrics.ready.set(0)
+        for model in self.models.values():
+            if model.state != "failed":
+                model.state, model.stage, model.progress = "loading", "start", 0.0
+        pending, self._pending = self._pending, {}
+        self._metrics.pending.set(0)
+        for generation in pending.values():
+            if not generation.result.done():
+                generation.result.set_exception(EngineLost("the engine process ended; it is being started again"))
+        self.on_change()
+
+    async def _watch(self, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
+        """Kill an engine that has work but makes no progress."""
+        turns, moved_at = -1, time.monotonic()
+        while True:
+            await asyncio.sleep(PING_S)
+            if not self._pending:
+                turns, moved_at = -1, time.monotonic()
+                continue
+            channel.send({"op": "ping"})
+            if self._turns != turns:
+                turns, moved_at = self._turns, time.monotonic()
+            elif time.monotonic() - moved_at > self._hang_timeout_s:
+                logger.error("the engine made no progress for %.0f s: killing it", self._hang_timeout_s)
+                process.kill()
+                return
+
+    def _drop(self, key: int, running: bool) -> None:
+        if self._channel and key in self._pending:
+            self._channel.send({"op": "drop", "key": key, "running": running})
+
+    def _handle(self, message: Message) -> None:
+        match message["op"]:
+            case "begun":
+                generation = self._pending.get(message["key"])
+                if generation and generation.on_begun:
+                    generation.on_begun()
+            case "result":
+                self._settle(message["key"], GenerateResult(**message["result"]))
+            case "error":
+                self._settle(message["key"], from_wire(message["error"]))
+            case "pong":
+                self._turns = message["turns"]
+            case _:
+                self._handle_load(message)
+                self.on_change()
+
+    def _settle(self, key: int, outcome: GenerateResult | LcmError) -> None:
+        generation = self._pending.pop(key, None)
+        self._metrics.pending.set(len(self._pending))
+        if generation is None or generation.result.done():
+            return
+        if isinstance(outcome, LcmError):
+            generation.result.set_exception(outcome)
+        else:
+            generation.result.set_result(outcome)
+
+    def _handle_load(self, message: Message) -> None:
+        match message["op"]:
+            case "device":
+                self.device_name = message["name"]
+            case "stage":
+                model = self.models[message["model"]]
+                model.stage, model.progress = message["stage"], message["progress"]
+            case "loaded":
+                model = self.models[message["model"]]
+                model.state, model.stage, model.progress = "ready", "ready", 1.0
+                model.load_seconds = message["seconds"]
+            case "ready":
+                self._ready.set()
+                self._metrics.ready.set(1)
+            case "broken":
+                self.failure = Unavailable(from_wire(message["error"]).args[0])
+                for model in self.models.values():
+                    if model.state != "ready":
+                        model.state = "failed"
+                self._ready.set()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The models with their state, as plain data."""
+        default = next(iter(self.models))
+        return [
+            {
+                "name": name,
+                "state": model.state,
+                "stage": model.stage,
+                "progress": model.progress,
+                "size": model.spec.size,
+                "licence": model.spec.licence,
+                "default": name == default,
+                "load_seconds": model.load_seconds,
+            }
+            for name, model in self.models.items()
+        ]
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Wait for a process whose channel is closed, which ends it; one that hangs is killed."""
+    try:
+        async with asyncio.timeout(STOP_S):
+            await process.wait()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

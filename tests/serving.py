@@ -1,0 +1,106 @@
+"""A whole server inside a test's own event loop, with a real engine process that is fake or not."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import orjson
+import uvicorn
+from websockets.asyncio.client import ClientConnection, connect
+
+from lcm_rt.server.app import create_app, create_service
+from lcm_rt.server.serve import listen, uvicorn_config
+from lcm_rt.service import Service
+from lcm_rt.settings import Settings
+
+FAKE_ENGINE = (sys.executable, str(Path(__file__).parent / "fake_engine.py"))
+SIDE = 64
+
+
+def model_folder(folder: Path, name: str = "fake") -> str:
+    """A model to be named on a command line whose folder only looks like one."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model_index.json").write_text("{}")
+    return f"{name}={folder}"
+
+
+class Server:
+    """A running server: where it is, and its service to look into."""
+
+    def __init__(self, service: Service, port: int) -> None:
+        self.service = service
+        self.host = f"127.0.0.1:{port}"
+        self.http = f"http://{self.host}"
+
+    def connect(self, path: str = "/fal-ai/lcm/realtime", **options: Any) -> connect:
+        return connect(f"ws://{self.host}{path}", max_size=None, compression=None, **options)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.service.metrics.value(name, **labels)
+
+
+@asynccontextmanager
+async def serving(
+    folder: Path, *, command: tuple[str, ...] = FAKE_ENGINE, ready: bool = True, **settings: Any
+) -> AsyncIterator[Server]:
+    """Serve from ``folder`` until the block ends."""
+
+    def build() -> tuple[Service, uvicorn.Server, socket.socket]:
+        chosen = Settings(**{"models": [model_folder(folder / "model")], "data_dir": folder / "data", **settings})
+        service = create_service(chosen)
+        service.workers.command = command
+        return service, uvicorn.Server(uvicorn_config(create_app(chosen, service))), listen("127.0.0.1", 0)
+
+    service, server, end = await asyncio.to_thread(build)  # it looks at files, which is no business of the loop
+    running = asyncio.create_task(server._serve([end]))
+    try:
+        async with asyncio.timeout(60):
+            if ready:
+                await service.workers.wait_ready()
+            await until(lambda: server.started)
+        yield Server(service, end.getsockname()[1])
+    finally:
+        server.should_exit = True
+        await running
+        end.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what nobody announces; the test's own time limit ends a wait that is in vain."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+
+def run(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test, with a time limit of its own."""
+
+    @functools.wraps(test)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        async def limited() -> None:
+            async with asyncio.timeout(60):
+                await test(*args, **kwargs)
+
+        asyncio.run(limited())
+
+    wrapper.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
+    return wrapper
+
+
+async def say(client: ClientConnection, **fields: Any) -> None:
+    """Send one message as msgpack."""
+    await client.send(msgpack.packb(fields))
+
+
+async def hear(client: ClientConnection) -> dict[str, Any]:
+    """The next frame, decoded by its kind."""
+    frame = await client.recv()
+    return orjson.loads(frame) if isinstance(frame, str) else msgpack.unpackb(frame)

@@ -1,0 +1,109 @@
+"""The house rules as tests: imports only point down, and each package has its keepers.
+
+The floors are those of docs/architecture.md. Imports inside functions count too, and so do those for type checkers.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "lcm_rt"
+
+FLOORS = [
+    "__init__ errors types catalog settings metrics channel",
+    "wire session images",
+    "engine engine.sampling engine.trajectory engine.models engine.conditioning engine.runner engine.engine",
+    "scheduler worker workers",
+    "files service",
+    "server server.realtime server.http server.app server.serve",
+    "cli __main__",
+    "embedded embedded.scenes embedded.train",
+]
+
+# A package -> the only modules (or packages) of ours that may import it.
+KEEPERS = {
+    "torch": "engine embedded",
+    "diffusers": "engine.models embedded.train",
+    "transformers": "engine.models embedded.train",
+    "tokenizers": "embedded.train",
+    "safetensors": "engine.models embedded.train",
+    "numpy": "images engine embedded worker",
+    "PIL": "images embedded",
+    "starlette": "server",
+    "uvicorn": "server.serve",
+    "typer": "cli",
+    "rich": "cli server.serve embedded.train",
+    "msgpack": "wire channel",
+    "orjson": "wire server.http",
+    "prometheus_client": "metrics",
+    "pydantic_settings": "settings",
+    "os": "settings worker embedded.train",
+    "asyncio": "channel workers files service server cli",
+    "threading": "channel worker embedded.train",
+    "pickle": "",
+}
+
+# What must never be imported where the sockets are, not even through another module.
+NOT_IN_FRONT = ("torch", "diffusers", "transformers", "numpy", "PIL")
+
+FLOOR_OF = {module: floor for floor, row in enumerate(FLOORS) for module in row.split()}
+
+
+def name_of(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(target: str) -> str | None:
+    """Our module that an import of ``target`` loads, or None for anyone else's."""
+    package, *rest = target.split(".")
+    if package != "lcm_rt":
+        return None
+    return next(name for n in (2, 1, 0) if (name := ".".join(rest[:n]) or "__init__") in FLOOR_OF)
+
+
+IMPORTS = {name_of(path): set(imports_of(path)) for path in sorted(ROOT.rglob("*.py"))}
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set(IMPORTS) == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_imports_point_down(module: str) -> None:
+    for below in filter(None, map(ours, IMPORTS[module])):
+        assert FLOOR_OF[below] <= FLOOR_OF[module], f"{module} imports {below}, a floor above it"
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_packages_stay_with_their_keepers(module: str) -> None:
+    for package in {target.split(".")[0] for target in IMPORTS[module]} & KEEPERS.keys():
+        keepers = KEEPERS[package].split()
+        assert any(module == k or module.startswith(k + ".") for k in keepers), f"{module} imports {package}"
+
+
+def test_no_cycles() -> None:
+    graph = {module: set(filter(None, map(ours, targets))) - {module} for module, targets in IMPORTS.items()}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("module", ["lcm_rt.server.app", "lcm_rt.server.serve", "lcm_rt.cli"])
+def test_the_front_imports_no_tensors_and_no_picture_parser(module: str) -> None:
+    code = f"import sys, {module}; print([p for p in {NOT_IN_FRONT!r} if p in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,0 +1,347 @@
+"""Realtime over a real socket, with an engine process that paints flat colours."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import orjson
+import pytest
+from fake_engine import colour
+from PIL import Image
+from serving import SIDE, hear, model_folder, run, say, serving, until
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosedOK
+
+from lcm_rt.server.realtime import app_of_path, max_buffering_of
+
+
+def picture(width: int = SIDE, height: int = SIDE, format: str = "png") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 100, 50)).save(file, format)
+    return file.getvalue()
+
+
+def pixels(file: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file)))
+
+
+class Hold:
+    """A picture whose step waits, so that what happens meanwhile is certain."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "hold"
+        os.mkfifo(self.path)
+        self.prompt = f"hold={self.path}"
+
+    async def entered(self) -> None:
+        """Wait until the engine is in that step."""
+        self.end = await asyncio.to_thread(self.path.open, "wb")  # returns once the other end is opened
+
+    def release(self) -> None:
+        """Let the step go on."""
+        self.end.close()
+
+
+SMALL = {"image_size": {"width": SIDE, "height": SIDE}, "format": "png", "num_inference_steps": 1}
+
+
+@run
+async def test_a_msgpack_message_is_answered_with_bytes(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, server.connect() as socket:
+        await say(socket, prompt="lake", seed=7, request_id="r1", unknown=1, negative_prompt=None, **SMALL)
+        answer = await hear(socket)
+    (image,) = answer["images"]
+    assert (image["width"], image["height"], image["content_type"]) == (SIDE, SIDE, "image/png")
+    assert tuple(pixels(image["content"])[0, 0]) == colour("lake", 7)
+    assert answer["request_id"] == "r1"
+    assert answer["seed"] == 7
+    assert answer["model"] == "fake"
+    assert answer["num_inference_steps"] == 1
+    assert answer["timings"]["total"] > 0
+    assert "url" not in image
+    assert "status" not in answer and "type" not in answer
+
+
+@run
+async def test_a_text_message_is_answered_in_text_with_a_data_uri(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, server.connect() as socket:
+        await socket.send(orjson.dumps({"prompt": "lake", "seed": 7, **SMALL}).decode())
+        frame = await socket.recv()
+    assert isinstance(frame, str)
+    answer = orjson.loads(frame)
+    head, _, data = answer["images"][0]["url"].partition(",")
+    assert head == "data:image/png;base64"
+    assert tuple(pixels(base64.b64decode(data))[0, 0]) == colour("lake", 7)
+    assert "request_id" not in answer
+
+
+FORMS: list[tuple[dict[str, Any], str]] = [
+    ({"image_bytes": picture()}, "content"),
+    ({"image": picture()}, "content"),
+    ({"image_url": "data:image/png;base64," + base64.b64encode(picture()).decode()}, "url"),
+    ({"sync_mode": True}, "url"),
+    ({"image_bytes": {}}, "content"),  # a JavaScript ArrayBuffer
+]
+
+
+@run
+async def test_each_client_gets_the_form_that_it_reads(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, server.connect() as socket:
+        for fields, form in FORMS:
+            await say(socket, prompt="lake", seed=1, num_inference_steps=1, **fields)
+            answer = await hear(socket)
+            assert form in answer["images"][0], fields
+            assert ("image" in answer) == ("image" in fields)
+
+
+@run
+async def test_forty_messages_in_a_burst(tmp_path: Path) -> None:
+    """Few answers, in order, the last one of message 40."""
+    hold = Hold(tmp_path)
+    async with serving(tmp_path) as server, server.connect() as socket:
+        await say(socket, prompt=hold.prompt, request_id=1, **SMALL)
+        await hold.entered()
+        for number in range(2, 41):
+            await say(socket, prompt=f"message {number}", request_id=number, **SMALL)
+        # Message 2 is with the engine, which learns between two steps that it is not wanted any more.
+        await until(lambda: server.metric("lcm_rt_superseded_total") == 37)
+        hold.release()
+        answered = [await hear(socket)]
+        while answered[-1]["request_id"] != 40:
+            answered.append(await hear(socket))
+        assert [a["request_id"] for a in answered] == [1, 40]
+        assert server.metric("lcm_rt_superseded_total") == 38
+
+
+@run
+async def test_max_buffering_keeps_more(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    async with serving(tmp_path) as server, server.connect("/fal-ai/lcm/realtime?max_buffering=3") as socket:
+        await say(socket, prompt=hold.prompt, request_id=1, **SMALL)
+        await hold.entered()
+        for number in range(2, 8):
+            await say(socket, prompt="lake", request_id=number, **SMALL)
+        await until(lambda: server.metric("lcm_rt_messages_total") >= 7)
+        hold.release()
+        answered = [(await hear(socket))["request_id"] for _ in range(4)]
+    assert answered == [1, 5, 6, 7]
+
+
+BAD_FRAMES = [
+    (msgpack.packb({"prompt": "x", "strength": 7, "request_id": "r"}), "invalid_input", "strength"),
+    (msgpack.packb({"request_id": "r"}), "invalid_input", "prompt"),
+    (msgpack.packb({"prompt": "x", "model": "nope", "request_id": "r"}), "invalid_input", "model"),
+    (msgpack.packb({"prompt": "x", "image_bytes": b"junk", "request_id": "r"}), "image_load_error", "image"),
+    (msgpack.packb({"prompt": "x", "image_url": "data:,%00", "request_id": "r"}), "image_load_error", "image"),
+    (
+        msgpack.packb({"prompt": "x", "image_url": "data:;base64,?", "request_id": "r"}),
+        "image_load_error",
+        "image_url",
+    ),
+    (
+        msgpack.packb({"prompt": "x", "image_url": "http://x/y.png", "request_id": "r"}),
+        "invalid_input",
+        "image_url",
+    ),
+    (msgpack.packb({"prompt": "x", "mask_bytes": b"junk", "request_id": "r"}), "invalid_input", "image_url"),
+    (msgpack.packb({"prompt": "x", "strength": float("nan"), "request_id": "r"}), "invalid_input", "strength"),
+    (msgpack.packb({"prompt": "raise", "request_id": "r", **SMALL}), "generation_failed", None),
+    (msgpack.packb({"prompt": "nan", "request_id": "r", **SMALL}), "generation_failed", None),
+    (b"\xc1", "invalid_input", "body"),
+    ("{", "invalid_input", "body"),
+    ("null", "invalid_input", "body"),
+    (b"\x93\x01\x02\x03", "invalid_input", "body"),
+]
+
+
+@run
+async def test_a_bad_message_gets_a_typed_error_and_the_socket_lives(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, server.connect() as socket:
+        for frame, code, field in BAD_FRAMES:
+            await socket.send(frame)
+            text = await socket.recv()
+            assert isinstance(text, str), "control frames are text, whatever the codec"
+            error = orjson.loads(text)
+            assert (error["type"], error["error"]) == ("x-fal-error", code), frame
+            if field:
+                assert error["detail"][0]["loc"] == ["body", field]
+                assert field in error["reason"]
+            assert "secret" not in text
+            assert error.get("request_id") == ("r" if len(frame) > 4 else None)
+            await say(socket, prompt="lake", **SMALL)
+            assert (await hear(socket))["images"]
+
+
+@run
+async def test_two_sockets_get_their_own_pictures(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, server.connect() as one, server.connect() as two:
+
+        async def paint(socket: ClientConnection, prompt: str) -> None:
+            for seed in range(20):
+                await say(socket, prompt=prompt, seed=seed, **SMALL)
+                answer = await hear(socket)
+                assert tuple(pixels(answer["images"][0]["content"])[0, 0]) == colour(prompt, seed)
+
+        await asyncio.gather(paint(one, "lake"), paint(two, "desert"))
+
+
+@run
+async def test_a_failing_picture_leaves_its_batch_mates_alone(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    async with serving(tmp_path) as server, server.connect() as one, server.connect() as two, server.connect() as three:
+        # While the first is held in its step, the other two arrive; then they share a forward, which fails.
+        await say(one, prompt=hold.prompt, **SMALL)
+        await hold.entered()
+        await say(two, prompt="raise", **SMALL)
+        await say(three, prompt="lake", seed=1, **SMALL)
+        await until(lambda: server.metric("lcm_rt_pending") >= 3)
+        hold.release()
+        assert (await hear(one))["images"]
+        assert (await hear(two))["error"] == "generation_failed"
+        assert (await hear(three))["images"]
+
+
+@run
+async def test_a_client_that_leaves_frees_its_work(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    async with serving(tmp_path) as server, server.connect() as stays:
+        async with server.connect() as leaves:
+            await say(stays, prompt=hold.prompt, **SMALL)
+            await hold.entered()
+            await say(leaves, prompt="lake", **SMALL | {"num_inference_steps": 50})
+            await until(lambda: server.metric("lcm_rt_pending") >= 2)
+        await until(lambda: server.metric("lcm_rt_sessions") <= 1)
+        hold.release()
+        assert (await hear(stays))["images"]
+        await until(lambda: not server.metric("lcm_rt_pending"))
+        assert server.metric("lcm_rt_pictures_total", model="fake", priority="realtime") == 1
+
+
+@run
+async def test_an_idle_connection_is_closed_normally(tmp_path: Path) -> None:
+    async with serving(tmp_path, idle_timeout_s=0.05) as server, server.connect() as socket:
+        assert (await hear(socket))["error"] == "TIMEOUT"
+        with pytest.raises(ConnectionClosedOK) as closed:
+            await socket.recv()
+        assert closed.value.rcvd and closed.value.rcvd.code == 1000
+
+
+@run
+async def test_a_client_that_does_not_read_is_cut_and_costs_no_work(tmp_path: Path) -> None:
+    big = {"image_size": {"width": 1024, "height": 1024}, "format": "png", "num_inference_steps": 1}
+    async with serving(tmp_path, send_timeout_s=0.3) as server:
+        async with server.connect("/fal-ai/lcm/realtime?max_buffering=60", max_queue=1) as deaf:
+            deaf.transport.pause_reading()
+            for number in range(400):
+                await say(deaf, prompt=f"{number}", num_images=8, **big)
+                if not server.metric("lcm_rt_sessions") and number > 10:
+                    break
+                await asyncio.sleep(0.01)
+            await until(lambda: not server.metric("lcm_rt_sessions"))
+        async with server.connect() as socket:
+            await say(socket, prompt="lake", **SMALL)
+            assert (await hear(socket))["images"]
+
+
+@run
+async def test_an_unknown_app_is_told_after_the_handshake(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, server.connect("/fal-ai/nope/realtime") as socket:
+        assert (await hear(socket))["error"] == "not_found"
+        with pytest.raises(ConnectionClosedOK):
+            await socket.recv()
+
+
+@run
+async def test_too_many_connections_are_told_so(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_sessions=1) as server, server.connect() as one, server.connect() as two:
+        assert (await hear(two))["error"] == "overloaded"
+        await say(one, prompt="lake", **SMALL)
+        assert (await hear(one))["images"]
+
+
+@run
+async def test_messages_wait_while_the_model_loads(tmp_path: Path) -> None:
+    loading = tmp_path / "slow-load"
+    os.mkfifo(loading)
+    model = model_folder(tmp_path / "model", "slow-load")
+    async with serving(tmp_path, ready=False, models=[model]) as server, server.connect() as socket:
+        await say(socket, prompt="early", request_id=1, **SMALL)
+        notice = await hear(socket)
+        assert (notice["type"], notice["action"]) == ("x-fal-message", "loading")
+        await say(socket, prompt="lake", request_id=2, **SMALL)
+        await asyncio.to_thread(loading.write_bytes, b"go")
+        assert (await hear(socket))["request_id"] == 2
+
+
+@run
+async def test_the_engine_dies_and_the_socket_stays(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, server.connect() as socket, server.connect() as other:
+        workers = server.service.workers
+        for _ in range(3):
+            pid = workers.pid
+            assert pid
+            await say(socket, prompt="crash", request_id="c", **SMALL)
+            # It is tried once more, then blamed.
+            answer = await hear(socket)
+            while answer["type"] == "x-fal-message":
+                answer = await hear(socket)
+            assert (answer["error"], answer["retryable"], answer["request_id"]) == ("engine_lost", True, "c")
+            await say(other, prompt="lake", seed=3, **SMALL)
+            answer = await hear(other)
+            while answer.get("type") == "x-fal-message":
+                answer = await hear(other)
+            assert tuple(pixels(answer["images"][0]["content"])[0, 0]) == colour("lake", 3)
+            assert workers.pid != pid
+
+
+@run
+async def test_the_last_message_survives_a_killed_engine(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    async with serving(tmp_path) as server, server.connect() as socket:
+        await say(socket, prompt=hold.prompt, request_id=1, **SMALL)
+        await hold.entered()
+        pid = server.service.workers.pid
+        assert pid
+        os.kill(pid, 9)
+        assert (await hear(socket))["action"] == "loading"
+        hold.release()
+        await hold.entered()  # the new process steps it again
+        hold.release()
+        assert (await hear(socket))["request_id"] == 1
+
+
+@run
+async def test_stopping_closes_sockets_in_good_order(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        socket = await server.connect()
+        await say(socket, prompt="lake", **SMALL)
+        await hear(socket)
+    await socket.wait_closed()
+    assert socket.close_code in (1000, 1001, 1012)
+
+
+@pytest.mark.parametrize(
+    "path, app",
+    [
+        ("/fal-ai/lcm/realtime", "fal-ai/lcm"),
+        ("/fal-ai/lcm/realtime/realtime", "fal-ai/lcm"),
+        ("/110602490/lcm-sd15-i2i/ws", "110602490/lcm-sd15-i2i"),
+        ("/fal-ai/fast-lcm-diffusion/image-to-image/realtime/", "fal-ai/fast-lcm-diffusion/image-to-image"),
+        ("/ws", ""),
+        ("/", ""),
+    ],
+)
+def test_the_app_in_a_path(path: str, app: str) -> None:
+    assert app_of_path(path) == app
+
+
+@pytest.mark.parametrize("value, size", [(None, 1), ("1", 1), ("60", 60), ("61", 1), ("0", 1), ("-1", 1), ("x", 1)])
+def test_max_buffering(value: str | None, size: int) -> None:
+    assert max_buffering_of(value) == size

@@ -1,0 +1,131 @@
+"""Who runs next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcm_rt.scheduler import PATIENCE, Scheduler
+from lcm_rt.types import GenerateRequest, Priority
+
+
+@dataclass
+class Row:
+    """A ticket and, once begun, a row."""
+
+    key: int
+    request: GenerateRequest
+    bucket: str = "small"
+    steps_left: int = 4
+
+    @property
+    def done(self) -> bool:
+        return self.steps_left == 0
+
+
+def row(
+    key: int, *, session: str | None = None, priority: Priority = "run", bucket: str = "small", steps: int = 4
+) -> Row:
+    return Row(key, GenerateRequest("m", "p", 0, session=session, priority=priority), bucket, steps)
+
+
+def keys(rows: list[Row]) -> list[int]:
+    return [r.key for r in rows]
+
+
+def begin(scheduler: Scheduler[Row, Row]) -> list[int]:
+    admitted = scheduler.admit()
+    for ticket in admitted:
+        scheduler.start(ticket)
+    return keys(admitted)
+
+
+def test_newcomers_join_the_next_forward() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(8)
+    scheduler.add(row(1))
+    begin(scheduler)
+    assert keys(scheduler.schedule()) == [1]
+    scheduler.add(row(2))
+    begin(scheduler)
+    assert keys(scheduler.schedule()) == [1, 2]
+
+
+def test_a_session_has_one_row_at_a_time() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(8)
+    for key, session in ((1, "a"), (2, "a"), (3, "b"), (4, None), (5, None)):
+        scheduler.add(row(key, session=session))
+    assert begin(scheduler) == [1, 3, 4, 5]
+    batch = scheduler.schedule()
+    batch[0].steps_left = 0
+    assert keys(scheduler.retire(batch)) == [1]
+    assert begin(scheduler) == [2]
+
+
+def test_realtime_before_run_before_queue_then_oldest() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(2)
+    order: list[Priority] = ["queue", "run", "run", "realtime"]
+    for key, priority in enumerate(order):
+        scheduler.add(row(key, priority=priority))
+    assert begin(scheduler) == [3, 1]
+    assert scheduler.depth == (2, 2)
+
+
+def test_a_batch_is_of_one_bucket_and_buckets_take_turns() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(8)
+    for key, bucket in enumerate(["small", "large", "small", "large"]):
+        scheduler.add(row(key, bucket=bucket))
+    begin(scheduler)
+    assert [keys(scheduler.schedule()) for _ in range(4)] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+
+
+def test_a_less_urgent_bucket_is_never_starved() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(8)
+    scheduler.add(row(1, priority="queue", bucket="large"))
+    scheduler.add(row(2, priority="realtime"))
+    begin(scheduler)
+    turns = [keys(scheduler.schedule()) for _ in range(2 * (PATIENCE + 1))]
+    assert turns.count([1]) == 2
+    assert turns.count([2]) == 2 * PATIENCE
+
+
+def test_only_what_waits_is_dropped_for_a_newer_message() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(1)
+    scheduler.add(row(1))
+    scheduler.add(row(2))
+    begin(scheduler)
+    assert scheduler.drop(2)
+    assert not scheduler.drop(1)
+    assert scheduler.drop(1, running=True)
+    assert not scheduler.drop(1, running=True)
+    assert scheduler.idle
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["realtime", "run", "queue"]),
+            st.sampled_from("ab"),
+            st.sampled_from([None, "s", "t"]),
+            st.integers(1, 5),
+        ),
+        max_size=30,
+    ),
+    st.integers(1, 6),
+)
+def test_everything_is_stepped_exactly_its_steps(work: list[tuple[Priority, str, str | None, int]], size: int) -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(size)
+    for key, (priority, bucket, session, steps) in enumerate(work):
+        scheduler.add(row(key, priority=priority, bucket=bucket, session=session, steps=steps))
+    finished: list[int] = []
+    while not scheduler.idle:
+        begin(scheduler)
+        batch = scheduler.schedule()
+        assert batch and len(batch) <= size
+        assert len({r.bucket for r in batch}) == 1
+        for r in batch:
+            r.steps_left -= 1
+            assert r.steps_left >= 0
+        finished += keys(scheduler.retire(batch))
+    assert sorted(finished) == list(range(len(work)))
