@@ -29,9 +29,10 @@ help:
 	$(PIP) --editable '.[engine,dev]'
 	@touch $@
 
-.venv/clients: tests/browser/package-lock.json | .venv/bin/python
+.venv/node: tests/browser/package-lock.json tests/fal/package-lock.json | .venv/bin/python
 	.ci/install-browser
 	cd tests/browser && npm ci --no-audit --no-fund --loglevel=error
+	cd tests/fal && npm ci --no-audit --no-fund --loglevel=error
 	@touch $@
 
 setup: .venv/engine
@@ -39,7 +40,7 @@ setup: .venv/engine
 run: .venv/engine
 	exec $(BIN)/lcm-rt serve --host $(HOST) --port $(PORT) $(ARGS)
 
-test: .venv/dev .venv/clients
+test: .venv/dev .venv/node
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/dev

@@ -96,8 +96,8 @@ class Worker:
             for ticket in scheduler.admit():
                 if row := self._begin(ticket):
                     scheduler.start(row)
-            batch = self._step(scheduler.schedule())
-            if done := scheduler.retire(batch):
+            batch = scheduler.schedule()
+            if batch and (done := scheduler.retire(self._step(batch))):
                 self._deliver(done, engine.finish(done))
 
     def _drain(self) -> bool:

@@ -353,6 +353,22 @@ def test_a_full_device_is_said_in_our_words(engine, monkeypatch):
     assert all(isinstance(pixels, np.ndarray) for pixels in engine.finish([other, other]))  # one by one, there is room
 
 
+def test_a_picture_that_cannot_be_decoded_fails_alone(engine, monkeypatch):
+    rows = [run(engine, begin(engine, request(seed=i, num_inference_steps=1))) for i in range(2)]
+    decode, bad = Runner.decode, rows[0].latents[None]
+
+    def fail(self, latents):
+        if torch.equal(latents[:1], bad):
+            raise Broken("secret")
+        return decode(self, latents)
+
+    monkeypatch.setattr(Runner, "decode", fail)
+    first, second = engine.finish(rows)
+    assert isinstance(first, GenerationFailed)
+    assert "secret" not in str(first)
+    assert second.shape == (64, 64, 3)
+
+
 class Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()

@@ -12,6 +12,7 @@ thread.
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ from lcm_rt.engine.trajectory import Bucket, Known, Trajectory
 from lcm_rt.errors import GenerationFailed, InputError, LcmError, ModelLoading, OutOfMemory
 from lcm_rt.images import Canvas
 from lcm_rt.types import GenerateRequest
+
+logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -198,23 +201,26 @@ class Engine:
 
     def _decode(self, runner: Runner, rows: list[Trajectory]) -> list[Pixels | LcmError]:
         started = time.perf_counter()
+        failure: LcmError
         try:
             with _memory():
                 latents = torch.stack([row.latents for row in rows])
                 pixels = runner.decode(latents)
                 fine = latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)
-                bytes_ = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                pictures = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                results = list(zip(pictures, fine.tolist(), strict=True))
         except OutOfMemory as error:
-            if len(rows) == 1:
-                return [error]
-            return [result for row in rows for result in self._decode(runner, [row])]
-        seconds = time.perf_counter() - started
-        for row in rows:
-            row.timings["vae"] = seconds
-        return [
-            picture if good else GenerationFailed("the model produced values that are not numbers")
-            for picture, good in zip(bytes_, fine.tolist(), strict=True)
-        ]
+            failure = error
+        except Exception:
+            logger.exception("%d pictures of %s could not be decoded", len(rows), rows[0].bucket)
+            failure = GenerationFailed("the engine could not decode this picture")
+        else:
+            for row in rows:
+                row.timings["vae"] = time.perf_counter() - started
+            bad = GenerationFailed("the model produced values that are not numbers")
+            return [picture if good else bad for picture, good in results]
+        # Out of the except block: a live exception would keep the batch's tensors in memory.
+        return [failure] if len(rows) == 1 else [result for row in rows for result in self._decode(runner, [row])]
 
 
 def _predict(runner: Runner, batch: Sequence[Trajectory], x: Tensor, t: Tensor) -> Tensor:
