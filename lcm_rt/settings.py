@@ -30,6 +30,7 @@ class Settings(BaseSettings):
     models: list[str] = Field(["embedded"], min_length=1, description="Models to serve; the first is the default.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     compile: bool = Field(False, description="torch.compile the networks: slower start, faster pictures.")
+    threads: int | None = Field(None, ge=1, description="Threads of a CPU's arithmetic; by default torch's choice.")
     max_rows: int = Field(8, ge=1, le=64, description="Pictures that are denoised at a time; also the largest batch.")
     max_sessions: int = Field(256, ge=1, description="Realtime connections at a time.")
     max_pending: int = Field(256, ge=1, description="Requests at the engine at a time, before 429.")

@@ -248,7 +248,7 @@ def serve(end: socket.socket, create_engine: Callable[..., Engine]) -> None:
     start = next(messages)
     try:
         specs = [ModelSpec(**fields | {"path": Path(fields["path"])}) for fields in start["models"]]
-        engine = create_engine(device=start["device"], compile=start["compile"])
+        engine = create_engine(device=start["device"], compile=start["compile"], threads=start["threads"])
         worker = Worker(engine, channel, {spec.name: spec.size for spec in specs}, start["max_rows"])
         threading.Thread(target=_listen, args=(messages, channel, worker), name="listen", daemon=True).start()
         channel.send({"op": "device", "name": engine.device_name})
@@ -263,6 +263,9 @@ def serve(end: socket.socket, create_engine: Callable[..., Engine]) -> None:
 
 def main() -> None:
     """Serve on the socket whose file descriptor is the only argument."""
+    # Read when torch is imported. Threads of OpenMP that spin while they wait for each other take the cores from the
+    # front, from the pools, and on a busy machine from each other: pictures then take seconds in place of milliseconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from lcm_rt.engine.engine import Engine
 
     serve(socket.socket(fileno=int(sys.argv[1])), Engine)

@@ -72,6 +72,7 @@ class Workers:
         *,
         device: str,
         compile: bool,
+        threads: int | None,
         max_rows: int,
         max_pending: int,
         hang_timeout_s: float,
@@ -86,6 +87,7 @@ class Workers:
             "models": [dataclasses.asdict(spec) | {"path": str(spec.path)} for spec in models],
             "device": device,
             "compile": compile,
+            "threads": threads,
             "max_rows": max_rows,
         }
         self._max_pending = max_pending

@@ -56,7 +56,7 @@ class FakeRow:
 class FakeEngine:
     device_name = "fake"
 
-    def __init__(self, *, device: str, compile: bool) -> None:
+    def __init__(self, *, device: str, compile: bool, threads: int | None) -> None:
         if device == "none":
             raise LcmError("there is no such device")
 

@@ -32,6 +32,7 @@ async def working(
         [spec],
         device=device,
         compile=False,
+        threads=None,
         max_rows=4,
         max_pending=8,
         hang_timeout_s=hang_timeout_s,

@@ -35,6 +35,7 @@ def create_service(settings: Settings) -> Service:
         [catalog.resolve(name) for name in settings.models],
         device=settings.device,
         compile=settings.compile,
+        threads=settings.threads,
         max_rows=settings.max_rows,
         max_pending=settings.max_pending,
         hang_timeout_s=settings.hang_timeout_s,

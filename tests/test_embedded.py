@@ -1,0 +1,97 @@
+"""What the embedded model's pictures mean, at 4 steps: through the engine, as a client would get them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image, ImageDraw
+
+from lcm_rt import catalog
+from lcm_rt.engine.engine import Engine
+from lcm_rt.images import read_canvas
+from lcm_rt.types import GenerateRequest
+
+SEEDS = range(4)
+Pixels = npt.NDArray[np.float64]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    it = Engine(device="cpu")
+    it.load(catalog.resolve("embedded"), lambda stage, fraction: None)
+    yield it
+
+
+def paint(engine: Engine, prompt: str, **fields: object) -> Pixels:
+    """Pictures of four seeds, (4, 256, 256, 3) in 0..255, from one batch."""
+    rows = []
+    for seed in SEEDS:
+        request = GenerateRequest("embedded", prompt, seed, **fields)  # type: ignore[arg-type]
+        rows.append(engine.begin(seed, request, read_canvas(request, 256)))
+    while not rows[0].done:
+        engine.step(rows)
+    return np.array(engine.finish(rows), float)
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def redness(pictures: Pixels) -> Pixels:
+    """Red over blue, of the upper half, where the sky is."""
+    sky = pictures[:, :128].mean((1, 2))
+    return np.asarray(sky[:, 0] - sky[:, 2])
+
+
+def test_night_is_darker_than_day(engine: Engine) -> None:
+    day = paint(engine, "a mountain lake at day").mean((1, 2, 3))
+    night = paint(engine, "a mountain lake at night").mean((1, 2, 3))
+    assert (night < 0.6 * day).all(), (day, night)
+
+
+def test_sunset_is_redder_than_snow(engine: Engine) -> None:
+    sunset, snow = redness(paint(engine, "sunset over hills")), redness(paint(engine, "snowy mountains at day"))
+    assert (sunset > snow + 30).all(), (sunset, snow)
+
+
+def test_seeds_differ_and_repeat(engine: Engine) -> None:
+    once, again = paint(engine, "hills at day"), paint(engine, "hills at day")
+    assert np.array_equal(once, again)
+    assert all(np.abs(once[0] - other).mean() > 4 for other in once[1:])
+
+
+def scribble(sun: tuple[int, int]) -> bytes:
+    image = Image.new("RGB", (256, 256), (240, 150, 90))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 170, 256, 256), fill=(70, 80, 120))
+    x, y = sun
+    draw.ellipse((x - 24, y - 24, x + 24, y + 24), fill=(255, 235, 140))
+    return png(image)
+
+
+@pytest.mark.parametrize("sun", [(60, 70), (190, 90)])
+def test_a_drawn_sun_stays_where_it_was_drawn(engine: Engine, sun: tuple[int, int]) -> None:
+    pictures = paint(engine, "sunset over the sea with a sun", image=scribble(sun), strength=0.6)
+    x, y = sun
+    brightness = pictures.mean(3)
+    there = brightness[:, y - 10 : y + 10, x - 10 : x + 10].mean((1, 2))
+    mirrored = brightness[:, y - 10 : y + 10, 246 - x : 266 - x].mean((1, 2))
+    assert (there > mirrored + 25).all(), (there, mirrored)
+
+
+def test_inpainting_changes_the_masked_part_only(engine: Engine) -> None:
+    before = paint(engine, "a desert at day")[0]
+    mask = Image.new("L", (256, 256), 0)
+    ImageDraw.Draw(mask).rectangle((96, 8, 248, 104), fill=255)
+    after = paint(
+        engine, "a dark night sky", image=png(Image.fromarray(before.astype(np.uint8))), mask=png(mask), strength=1.0
+    )
+    change = np.abs(after - before).mean((0, 3))
+    assert change[128:].mean() < 12, "what was kept is kept, but for the autoencoder's own loss"
+    assert change[24:88, 112:232].mean() > 2 * change[128:].mean()
