@@ -82,7 +82,7 @@ INPAINTINGS = [("a moon in the night sky", (150, 16, 236, 96)), ("a house at day
 
 def generate(output: Path, prompt: str, seed: int, *more: str) -> Image.Image:
     command = [sys.executable, "-m", "lcm_rt", "generate", prompt, "-o", str(output), "--seed", str(seed), *more]
-    print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())  # noqa: T201
+    print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
     return Image.open(output).convert("RGB")
 
 
@@ -128,7 +128,7 @@ def main() -> None:
         draw.text((x, y + SIDE + 2), caption, fill="black", font=font)
     path = Path(__file__).with_name("contact-sheet.png")
     sheet.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
-    print(f"{path}: {path.stat().st_size >> 10} kB")  # noqa: T201
+    print(f"{path}: {path.stat().st_size >> 10} kB")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import dataclasses
 import secrets
 from collections.abc import Callable
 
-from lcm_rt.errors import InputError, LcmError, NotFound
+from lcm_rt.errors import ImageError, InputError, LcmError, NotFound
 from lcm_rt.files import Files
 from lcm_rt.metrics import Metrics
 from lcm_rt.types import (
@@ -43,10 +43,9 @@ PLATFORM_APPS = frozenset(
 class Ongoing:
     """A generation under way, to be awaited by ``output`` and steered meanwhile."""
 
-    def __init__(self, parts: list[Generation], prompt: str, request_id: str | int | None) -> None:
+    def __init__(self, parts: list[Generation], wanted: GenerateInput) -> None:
         self._parts = parts
-        self._prompt = prompt
-        self._request_id = request_id
+        self._wanted = wanted
 
     def supersede(self) -> None:
         """Drop it unless it has begun."""
@@ -57,12 +56,24 @@ class Ongoing:
         """The finished pictures. Being cancelled here cancels the work; Raises: LcmError."""
         try:
             results: list[GenerateResult] = [await part.result for part in self._parts]
+        except ImageError as error:
+            self._cancel()
+            raise ImageError(_as_spelt(error.field, self._wanted), error.message) from None
         except BaseException:
-            for part in self._parts:
-                part.cancel()
-                part.result.cancel()
+            self._cancel()
             raise
-        return GenerateOutput(results, self._prompt, self._request_id)
+        return GenerateOutput(results, self._wanted.prompt, self._wanted.request_id)
+
+    def _cancel(self) -> None:
+        for part in self._parts:
+            part.cancel()
+            part.result.cancel()
+
+
+def _as_spelt(field: str, wanted: GenerateInput) -> str:
+    """The name under which the client gave the picture that the engine calls ``image`` or ``mask``."""
+    names = (f"{field}_bytes", field, f"{field}_url")
+    return next((name for name in names if getattr(wanted, name, None) is not None), field)
 
 
 class Service:
@@ -120,7 +131,8 @@ class Service:
         Raises: LcmError.
         """
         model = self._model(wanted, app_model)
-        image = await self._picture("image", wanted.image_bytes or wanted.image, wanted.image_url)
+        inline = wanted.image if wanted.image_bytes is None else wanted.image_bytes
+        image = await self._picture("image", inline, wanted.image_url)
         mask = await self._picture("mask", wanted.mask_bytes, wanted.mask_url)
         if mask is not None and image is None:
             raise InputError("image_url", "a mask needs the picture that it masks", "missing")
@@ -158,7 +170,7 @@ class Service:
             for generation in parts:
                 generation.cancel()
             raise
-        return Ongoing(parts, wanted.prompt, wanted.request_id)
+        return Ongoing(parts, wanted)
 
     def count(self, output: GenerateOutput, priority: Priority) -> None:
         """Put a finished generation into the metrics."""

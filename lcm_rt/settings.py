@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     max_pending: int = Field(256, ge=1, description="Requests at the engine at a time, before 429.")
     idle_timeout_s: float = Field(300, gt=0, description="A realtime connection without messages is closed after this.")
     send_timeout_s: float = Field(10, gt=0, description="A client that takes longer to read one frame is cut.")
-    hang_timeout_s: float = Field(60, gt=0, description="An engine that makes no progress for this long is restarted.")
+    hang_timeout_s: float = Field(120, gt=0, description="An engine that makes no progress for this long is restarted.")
     file_ttl_s: float = Field(3600, gt=0, description="How long an answered picture is kept for its URL.")
     file_limit_mb: int = Field(1024, ge=1, description="Most that answered pictures may take on disk; oldest go first.")
 

@@ -138,8 +138,8 @@ BAD_FRAMES = [
     (msgpack.packb({"prompt": "x", "strength": 7, "request_id": "r"}), "invalid_input", "strength"),
     (msgpack.packb({"request_id": "r"}), "invalid_input", "prompt"),
     (msgpack.packb({"prompt": "x", "model": "nope", "request_id": "r"}), "invalid_input", "model"),
-    (msgpack.packb({"prompt": "x", "image_bytes": b"junk", "request_id": "r"}), "image_load_error", "image"),
-    (msgpack.packb({"prompt": "x", "image_url": "data:,%00", "request_id": "r"}), "image_load_error", "image"),
+    (msgpack.packb({"prompt": "x", "image_bytes": b"junk", "request_id": "r"}), "image_load_error", "image_bytes"),
+    (msgpack.packb({"prompt": "x", "image_url": "data:,%00", "request_id": "r"}), "image_load_error", "image_url"),
     (
         msgpack.packb({"prompt": "x", "image_url": "data:;base64,?", "request_id": "r"}),
         "image_load_error",

@@ -48,8 +48,9 @@ def load_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Mod
     import diffusers
     import transformers
 
-    # A server's log is no place for progress bars.
+    # A server's log is no place for progress bars, nor for remarks about keys that diffusers itself wrote.
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
     index = _read_json(spec.path / "model_index.json")
