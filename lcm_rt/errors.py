@@ -56,7 +56,8 @@ class InputError(LcmError):
 
     def detail(self) -> list[dict[str, Any]]:
         """The platform's 422 body: pydantic's list of errors."""
-        first = {"loc": ["body", *self.field.split(".")], "msg": self.message, "type": self.kind}
+        path = [] if self.field == "body" else self.field.split(".")
+        first = {"loc": ["body", *path], "msg": self.message, "type": self.kind}
         return [first, *self.others]
 
 

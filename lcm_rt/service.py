@@ -11,12 +11,10 @@ from lcm_rt.files import Files
 from lcm_rt.metrics import Metrics
 from lcm_rt.types import (
     MAX_SEED,
-    SIZES,
     GenerateInput,
     GenerateOutput,
     GenerateRequest,
     GenerateResult,
-    ImageSize,
     Priority,
 )
 from lcm_rt.workers import Generation, Workers
@@ -90,6 +88,8 @@ class Service:
 
         Raises: NotFound: neither an app of the platform that is spoken here nor a model served here.
         """
+        if "requests" in app.split("/"):
+            raise NotFound("there is no queue here yet; use /run/fal-ai/lcm or the realtime socket")
         owner, _, rest = app.partition("/")
         if not rest:  # the legacy spelling has a dash after a numeric owner
             number, _, name = owner.partition("-")
@@ -136,13 +136,7 @@ class Service:
         mask = await self._picture("mask", wanted.mask_bytes, wanted.mask_url)
         if mask is not None and image is None:
             raise InputError("image_url", "a mask needs the picture that it masks", "missing")
-        match wanted.image_size:
-            case ImageSize(width=width, height=height):
-                size: tuple[int, int] | None = (width, height)
-            case None:
-                size = None
-            case name:
-                size = SIZES[name]
+        size = (wanted.image_size.width, wanted.image_size.height) if wanted.image_size else None
         seed = wanted.seed if wanted.seed is not None else secrets.randbelow(MAX_SEED + 1 - wanted.num_images)
         request = GenerateRequest(
             model=model,

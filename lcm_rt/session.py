@@ -117,6 +117,11 @@ class Session(Generic[Reply]):
         self._unsent -= 1
 
     @property
+    def idle(self) -> bool:
+        """Every message is answered, and every reply sent."""
+        return not self._mailbox and not self._open and not self._unsent
+
+    @property
     def waiting(self) -> int:
         """Messages in the mailbox."""
         return len(self._mailbox)

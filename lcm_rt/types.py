@@ -6,10 +6,12 @@ same, resolved: nothing is left to guess. ``GenerateResult`` is one finished pic
 
 from __future__ import annotations
 
+import base64
+import binascii
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator takes 32 bits: 2**32 would be seed 0 again.
 MAX_SIDE = 1024  # px; larger input pictures are scaled down to it, larger outputs refused.
@@ -29,7 +31,6 @@ SIZES = {
 }
 """Named values of ``image_size``: (width, height) in pixels."""
 
-SizeName = Literal["square_hd", "square", "portrait_4_3", "portrait_16_9", "landscape_4_3", "landscape_16_9"]
 Side = Annotated[int, Field(ge=64, le=MAX_SIDE, multiple_of=8)]
 
 
@@ -38,6 +39,28 @@ class ImageSize(BaseModel):
 
     width: Side
     height: Side
+
+
+def _size_by_name(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in SIZES:
+        raise ValueError(f"should be {{width, height}} or one of {', '.join(SIZES)}")
+    width, height = SIZES[value]
+    return {"width": width, "height": height}
+
+
+def _bytes_by_text(value: Any) -> Any:
+    """JSON has no bytes: there, a file is base64 text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("should be bytes, or base64 text") from None
+
+
+File = Annotated[bytes, BeforeValidator(_bytes_by_text)]
 
 
 class GenerateInput(BaseModel):
@@ -50,20 +73,20 @@ class GenerateInput(BaseModel):
     model: str | None = Field(None, max_length=200)
     model_name: str | None = Field(None, max_length=200, description="A hub repository; a hint, unlike `model`.")
     image_url: str | None = None
-    image_bytes: bytes | None = None
-    image: bytes | None = Field(None, description="The older name of `image_bytes`.")
+    image_bytes: File | None = None
+    image: File | None = Field(None, description="The older name of `image_bytes`.")
     mask_url: str | None = None
-    mask_bytes: bytes | None = None
+    mask_bytes: File | None = None
     strength: float = Field(0.8, gt=0, le=1)
     seed: int | None = Field(None, ge=0, le=2**53 - MAX_IMAGES)
     guidance_scale: float = Field(1.0, ge=0, le=20)
     num_inference_steps: int = Field(4, ge=1, le=MAX_STEPS)
-    image_size: SizeName | ImageSize | None = None
+    image_size: Annotated[ImageSize, BeforeValidator(_size_by_name)] | None = None
     num_images: int = Field(1, ge=1, le=MAX_IMAGES)
     sync_mode: bool = False
     format: Format = "jpeg"
     quality: int = Field(80, ge=1, le=100)
-    request_id: str | int | None = None
+    request_id: Any = Field(None, description="Echoed as it came.")
 
     @model_validator(mode="before")
     @classmethod
@@ -123,4 +146,4 @@ class GenerateOutput:
 
     results: list[GenerateResult]
     prompt: str
-    request_id: str | int | None
+    request_id: Any

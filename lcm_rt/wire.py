@@ -163,10 +163,9 @@ def encode_idle_timeout() -> str:
     ).decode()
 
 
-def request_id_of(data: Any) -> str | int | None:
+def request_id_of(data: Any) -> Any:
     """The request id in a map that may be invalid otherwise."""
-    value = data.get("request_id") if isinstance(data, dict) else None
-    return value if isinstance(value, str | int) and not isinstance(value, bool) else None
+    return data.get("request_id") if isinstance(data, dict) else None
 
 
 def error_body(error: LcmError) -> bytes:

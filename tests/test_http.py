@@ -66,6 +66,9 @@ async def test_errors_are_typed_json(tmp_path: Path) -> None:
             assert answer.json()["message"]
             assert answer.json()["detail"]
             assert "secret" not in answer.text
+        for answer in (await http.get("/nope"), await http.post("/fal-ai/lcm/requests/x/cancel", json={"prompt": "x"})):
+            assert (answer.status_code, answer.headers["content-type"]) == (404, "application/json")
+            assert answer.json()["message"]
         assert (await http.get("/files/../../etc/passwd")).status_code == 404
         assert (await http.get("/files/AAAAAAAAAAAAAAAAAAAAAA.png")).json()["error_type"] == "not_found"
 

@@ -171,7 +171,7 @@ async def test_a_bad_message_gets_a_typed_error_and_the_socket_lives(tmp_path: P
             error = orjson.loads(text)
             assert (error["type"], error["error"]) == ("x-fal-error", code), frame
             if field:
-                assert error["detail"][0]["loc"] == ["body", field]
+                assert error["detail"][0]["loc"] == (["body"] if field == "body" else ["body", field])
                 assert field in error["reason"]
             assert "secret" not in text
             assert error.get("request_id") == ("r" if len(frame) > 4 else None)
@@ -231,6 +231,19 @@ async def test_an_idle_connection_is_closed_normally(tmp_path: Path) -> None:
         with pytest.raises(ConnectionClosedOK) as closed:
             await socket.recv()
         assert closed.value.rcvd and closed.value.rcvd.code == 1000
+
+
+@run
+async def test_a_client_that_waits_for_us_is_not_idle(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    async with serving(tmp_path, idle_timeout_s=0.05) as server, server.connect() as socket:
+        await say(socket, prompt=hold.prompt, **SMALL)
+        await hold.entered()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await socket.recv()
+        hold.release()
+        assert (await hear(socket))["images"]
 
 
 @run
@@ -312,6 +325,7 @@ async def test_the_last_message_survives_a_killed_engine(tmp_path: Path) -> None
         os.kill(pid, 9)
         assert (await hear(socket))["action"] == "loading"
         hold.release()
+        await until(lambda: server.service.workers.pid not in (pid, None))  # the old one has let go of the FIFO
         await hold.entered()  # the new process steps it again
         hold.release()
         assert (await hear(socket))["request_id"] == 1
@@ -334,6 +348,7 @@ async def test_stopping_closes_sockets_in_good_order(tmp_path: Path) -> None:
         ("/fal-ai/lcm/realtime/realtime", "fal-ai/lcm"),
         ("/110602490/lcm-sd15-i2i/ws", "110602490/lcm-sd15-i2i"),
         ("/fal-ai/fast-lcm-diffusion/image-to-image/realtime/", "fal-ai/fast-lcm-diffusion/image-to-image"),
+        ("/run/fal-ai/lcm/realtime", "fal-ai/lcm"),
         ("/ws", ""),
         ("/", ""),
     ],

@@ -69,7 +69,7 @@ def test_captured_frame_of_the_javascript_client() -> None:
 def test_bad_frames_are_refused(frame: bytes | str) -> None:
     with pytest.raises(InputError) as refused:
         wire.decode_frame(frame)
-    assert refused.value.detail()[0]["loc"] == ["body", "body"]
+    assert refused.value.detail()[0]["loc"] == ["body"]
 
 
 @given(st.binary(max_size=200))
@@ -97,6 +97,7 @@ def test_any_bytes_are_a_map_or_an_input_error(frame: bytes) -> None:
         ({"prompt": "x", "image_size": "huge"}, "image_size"),
         ({"prompt": "x", "image_size": {"width": 65, "height": 64}}, "image_size"),
         ({"prompt": "x", "image_size": {"width": 8192, "height": 64}}, "image_size"),
+        ({"prompt": "x", "image_bytes": "not base64"}, "image_bytes"),
     ],
 )
 def test_invalid_fields_are_named(fields: dict[str, Any], named: str) -> None:
@@ -129,9 +130,20 @@ def test_bad_data_uris_name_the_field(uri: str) -> None:
     assert refused.value.field == "mask_url"
 
 
+def test_reasons_are_in_plain_words() -> None:
+    for size, reason in (("huge", "one of square_hd"), ({"width": 65, "height": 64}, "multiple of 8")):
+        with pytest.raises(InputError, match=reason) as refused:
+            wire.parse_input({"prompt": "x", "image_size": size})
+        assert "literal" not in str(refused.value)
+
+
+def test_json_carries_files_as_base64() -> None:
+    assert wire.parse_input({"prompt": "x", "image_bytes": "AAEC"}).image_bytes == b"\0\1\2"
+
+
 def test_request_id_is_echoed_only_when_given() -> None:
     wanted = wire.parse_input({"prompt": "x"})
-    for request_id in ("r", 7, None):
+    for request_id in ("r", 7, True, 1.5, ["a"], None):
         fields = msgpack.unpackb(wire.encode_output(GenerateOutput([RESULT], "x", request_id), wanted, b""))
         assert fields.get("request_id") == request_id
         assert ("request_id" in fields) == (request_id is not None)

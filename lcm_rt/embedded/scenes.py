@@ -121,7 +121,7 @@ class Picture(NamedTuple):
 
 
 def speak(rng: random.Random) -> list[int]:
-    """Choose what a caption mentions, without contradictions: one index per attribute, 0 where it is silent."""
+    """Choose what a caption mentions, free of contradictions: an index per attribute, 0 where it is silent."""
     if rng.random() < 0.03:
         return [0] * len(NAMES)
     if rng.random() < 0.12:  # bare captions: one or two words
@@ -293,8 +293,8 @@ def draw(
 ) -> Picture:
     """Paint scenes.
 
-    ``body`` (B, 3) overrides where the sun or moon stands. With ``sketch`` the same scene is drawn by a wobbly
-    hand in a few flat colours, whose tints and wobbles come from that generator.
+    ``body`` (B, 3) overrides where the sun or moon stands. With ``sketch`` the same scene is drawn by a
+    wobbly hand in a few flat colours, whose tints and wobbles come from that generator.
     """
     b, flat = len(drawn), sketch is not None
     at = {name: drawn[:, i] for i, name in enumerate(NAMES)}

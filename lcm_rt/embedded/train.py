@@ -1,8 +1,8 @@
 """Train the embedded model from nothing: autoencoder, text encoder, scenes, UNet, export.
 
 ``python -m lcm_rt.embedded.train`` does all of it; every stage leaves a file in ``--work`` and is skipped or
-resumed when that file is there. Knows the drawings of ``scenes`` and the diffusers folder format; knows nothing
-of the server.
+resumed when that file is there. Knows the drawings of ``scenes`` and the diffusers folder format; knows
+nothing of the server.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lcm_rt.embedded import MODEL_DIR, scenes
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("autoencoder", "text", "render", "unet", "export")
+STAGES = ("autoencoder", "text", "render", "unet", "decoder", "export")
 TOKENS = 77
 CONTEXT = 128  # width of the text encoder
 CHANNELS = (32, 64, 128)
@@ -53,6 +53,7 @@ class Plan:
     batch: int
     autoencoder_steps: int
     text_steps: int
+    decoder_steps: int
     pictures: int
 
     def rng(self, stage: str) -> random.Random:
@@ -152,7 +153,7 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_autoencoder(plan: Plan) -> None:
-    """Learn latents of 8x8 cells on random crops, by L1 plus edges; latents keep zero mean and unit spread."""
+    """Learn latents of 8x8 cells on random crops by L1 plus edges; they keep zero mean and unit spread."""
     path = plan.work / "autoencoder.pt"
     if path.exists():
         return
@@ -323,18 +324,20 @@ def load_text(plan: Plan) -> tuple[CLIPTokenizer, CLIPTextModel]:
 def load_autoencoder(plan: Plan) -> AutoencoderTiny:
     model = new_autoencoder()
     model.load_state_dict(torch.load(plan.work / "autoencoder.pt"))
+    if (plan.work / "decoder.pt").exists():
+        model.decoder.load_state_dict(torch.load(plan.work / "decoder.pt"))
     return model.eval().requires_grad_(False).to(plan.device, memory_format=torch.channels_last)
 
 
 def train_render(plan: Plan) -> None:
     """Draw all scenes into latents, in shards that training may already read while later ones are drawn.
 
-    A shard holds coupled scenes (``z`` is the noise's own layout) and, a quarter as many, pairs of a flat
+    A shard holds coupled scenes (``z`` is the noise's own layout) and, a sixteenth as many, pairs of a flat
     sketch and its painting with the sun anywhere in the sky, for image-to-image.
     """
     folder = plan.work / "shards"
     folder.mkdir(exist_ok=True)
-    autoencoder = load_autoencoder(plan)
+    autoencoder = load_autoencoder(plan).bfloat16()
     for index in track(range(RANK, plan.pictures // SHARD, WORLD), "drawing scenes"):
         path = folder / f"{index:04}.pt"
         if path.exists():
@@ -349,7 +352,7 @@ def train_render(plan: Plan) -> None:
                 ("z", z.half()),
             ):
                 parts.setdefault(key, []).append(value)
-            if first % 64:
+            if first % 256:
                 continue
             # Another scene of the same words, whose sun obeys no noise.
             z = z.flip(0)
@@ -371,9 +374,10 @@ def train_render(plan: Plan) -> None:
 def keep(
     autoencoder: AutoencoderTiny, plan: Plan, prefix: str, picture: scenes.Picture
 ) -> Iterator[tuple[str, Tensor]]:
-    image = picture.image.to(plan.device, memory_format=torch.channels_last)
+    image = picture.image.to(plan.device, torch.bfloat16, memory_format=torch.channels_last)
     with torch.no_grad():
-        yield prefix + "latent", autoencoder.encoder(image).contiguous().half().cpu()
+        latent = torch.cat([autoencoder.encoder(part) for part in image.split(4)])
+    yield prefix + "latent", latent.contiguous().half().cpu()
     if prefix != "sketch_":
         yield prefix + "focus", to_bytes(picture.focus)
 
@@ -420,6 +424,28 @@ def new_unet() -> UNet2DConditionModel:
         attention_head_dim=4,
         norm_num_groups=16,
     )
+
+
+@torch.no_grad()
+def begin_with_layout(model: UNet2DConditionModel) -> None:
+    """Wire four channels so that the 8x8 level begins with the layout in them: block sums of the input over four.
+
+    Left to itself the network paints the average over layouts for long before it finds this projection.
+    """
+    box = torch.zeros(3, 3)
+    box[1:, 1:] = 0.5  # stride 2, padding 1: the sum of 2x2 pixels over two
+    eye = torch.eye(4)
+    model.conv_in.weight[:4], model.conv_in.bias[:4] = 0, 0
+    model.conv_in.weight[:4, :, 1, 1] = eye
+    for block in model.down_blocks:
+        for resnet in block.resnets:
+            resnet.conv2.weight[:4], resnet.conv2.bias[:4] = 0, 0
+            if resnet.conv_shortcut is not None:
+                resnet.conv_shortcut.weight[:4], resnet.conv_shortcut.bias[:4] = 0, 0
+                resnet.conv_shortcut.weight[:4, :4, 0, 0] = eye
+        for down in block.downsamplers or ():
+            down.conv.weight[:4], down.conv.bias[:4] = 0, 0
+            down.conv.weight[:4, :4] = eye[:, :, None, None] * box
 
 
 def new_scheduler() -> LCMScheduler:
@@ -493,10 +519,10 @@ def orthogonal(g: Tensor) -> Tensor:
 class Course:
     """What the UNet sees: batches of (noisy latents, timestep, said, clean latents, focus).
 
-    Rows of four kinds. *Coupled* rows start at pure noise, whose layout is the scene's. *Chain* rows walk down
-    an LCM schedule on the model's own predictions, as the sampler does, always towards the scene that their
-    first noise named. *Free* rows are re-noised scenes at any level with unrelated noise; *sketch* rows show a
-    re-noised flat sketch and want the painting.
+    Rows of four kinds. *Coupled* rows start at pure noise, whose layout is the scene's. *Chain* rows walk
+    down an LCM schedule on the model's own predictions, as the sampler does, always towards the scene that
+    their first noise named. *Free* rows are re-noised scenes at any level with unrelated noise; *sketch* rows
+    show a re-noised flat sketch and want the painting.
     """
 
     def __init__(self, book: Book, alphas: Tensor, seed: int, batch: int) -> None:
@@ -586,7 +612,9 @@ def train_unet(plan: Plan) -> None:
         time.sleep(2)
         book.grow()
     alphas = new_scheduler().alphas_cumprod
-    model = new_unet().to(plan.device, memory_format=torch.channels_last)
+    model = new_unet()
+    begin_with_layout(model)
+    model.to(plan.device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = Muon(model, peak=2e-3)
     first, seen = 0, 0
@@ -681,6 +709,54 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     Image.fromarray(grid.reshape(n // columns * h, columns * w, c).numpy()).save(path)
 
 
+# Decoder
+
+
+def train_decoder(plan: Plan) -> None:
+    """Teach the decoder, the encoder held still, to sharpen what the UNet denoises as well as true latents."""
+    path = plan.work / "decoder.pt"
+    torch.manual_seed(plan.seed)
+    tokenizer, text = load_text(plan)
+    model, alphas = load_autoencoder(plan), new_scheduler().alphas_cumprod
+    unet = new_unet()
+    unet.load_state_dict(torch.load(plan.work / "unet.pt")["average"])
+    unet.requires_grad_(False).to(plan.device)
+    images, latents = [], []
+    for i in track(range(RANK, 48, WORLD), "drawing for the decoder"):
+        said, z, captions = scene_batch(plan.seed + 3, i * 16, 16)
+        image = scenes.draw(scenes.resolve(said, z), z).image
+        context = text(tokenize(tokenizer, captions).to(plan.device)).last_hidden_state
+        latent = model.encoder(image.to(plan.device))
+        t = torch.tensor((139, 259, 259, 379)).repeat(4)
+        a = alphas[t][:, None, None, None].to(plan.device)
+        x = a.sqrt() * latent + (1 - a).sqrt() * torch.randn_like(latent)
+        guess = a.sqrt() * x - (1 - a).sqrt() * unet(x, t.to(plan.device), context).sample
+        images.append(to_bytes(image))
+        latents.append(torch.stack((latent, guess), 1))
+    pictures, inputs = torch.cat(images), torch.cat(latents)
+    model.decoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=0, betas=(0.9, 0.98), weight_decay=1e-4)
+    share(model.decoder)
+    torch.manual_seed(plan.seed + RANK)
+    for step in track(range(plan.decoder_steps), "decoder"):
+        index = torch.randint(len(pictures), (2,))  # whole pictures, for the sake of their rims
+        x = from_bytes(pictures[index]).to(plan.device, memory_format=torch.channels_last)
+        y = model.decoder(inputs[index, torch.tensor((0, 1))])
+        loss = F.l1_loss(y, x) + sum(F.l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
+        loss = loss + 0.25 * F.mse_loss(y, x)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, plan.decoder_steps, 1e-3)
+        optimizer.zero_grad()
+        loss.backward()
+        agree(model.decoder)
+        nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            quality = -10 * math.log10(F.mse_loss(y[:1].clamp(-1, 1), x[:1]).item() / 4)
+            logger.info("decoder %d loss %.4f psnr %.1f dB", step, loss.item(), quality)
+    save(model.decoder.state_dict(), path)
+
+
 # Export
 
 
@@ -694,6 +770,10 @@ def train_export(plan: Plan) -> None:
     for name, model in (("unet", unet), ("vae", load_autoencoder(plan)), ("text_encoder", text)):
         model.to("cpu", torch.float16, memory_format=torch.contiguous_format).save_pretrained(out / name)
     tokenizer.save_pretrained(out / "tokenizer")
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (out / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
+    merges = "\n".join(" ".join(pair) for pair in bpe["merges"])
+    (out / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     new_scheduler().save_pretrained(out / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",  # the LCM pipeline insists on a guidance embedding
@@ -707,6 +787,8 @@ def train_export(plan: Plan) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderTiny"],
     }
+    for file in out.rglob("*.safetensors"):
+        file.chmod(0o644)
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     old = plan.out.with_name(plan.out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -737,6 +819,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--autoencoder-steps", type=int, default=3000)
     parser.add_argument("--text-steps", type=int, default=600)
+    parser.add_argument("--decoder-steps", type=int, default=1000)
     parser.add_argument("--pictures", type=int, default=32_000)
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage (may be repeated)")
     parser.add_argument("--device", default="auto")

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Mount, Route, WebSocketRoute
@@ -92,7 +93,7 @@ def create_app(settings: Settings, service: Service | None = None) -> Starlette:
                 expose_headers=["x-fal-request-id", "x-fal-error-type"],
             )
         ],
-        exception_handlers={LcmError: http.on_error, Exception: http.on_crash},
+        exception_handlers={LcmError: http.on_error, HTTPException: http.on_refusal, Exception: http.on_crash},
         lifespan=lifespan,
     )
     app.state.service = service

@@ -7,6 +7,7 @@ import secrets
 from typing import Any
 
 import orjson
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
@@ -35,6 +36,13 @@ async def on_error(request: Request, error: Exception) -> Response:
     """The one place where errors become HTTP."""
     assert isinstance(error, LcmError)
     return error_response(error, getattr(request.state, "headers", None))
+
+
+async def on_refusal(request: Request, error: Exception) -> Response:
+    """No such path or method: as JSON too, because the JavaScript clients drop any other body."""
+    assert isinstance(error, HTTPException)
+    data = {"detail": error.detail, "message": error.detail}
+    return json_response(data, error.status_code, dict(error.headers or {}))
 
 
 async def on_crash(request: Request, error: Exception) -> Response:

@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 Frame = bytes | str
 
-_SUFFIX = re.compile(r"(?:/realtime|/ws)+/?$")
+_AROUND = re.compile(r"^/run(?=/)|(?:/realtime|/ws)+$")
 _MAX_BUFFERING = 60  # the largest value that the platform's clients let through
 
 
 def app_of_path(path: str) -> str:
-    """The application id in a WebSocket's path: older clients append ``/realtime`` twice, or ``/ws``."""
-    return _SUFFIX.sub("", "/" + path.strip("/")).strip("/")
+    """The application id in a WebSocket's path; older clients append ``/realtime`` twice, or ``/ws``."""
+    return _AROUND.sub("", "/" + path.strip("/")).strip("/")
 
 
 def max_buffering_of(value: str | None) -> int:
@@ -142,6 +142,8 @@ class _Connection:
                 async with asyncio.timeout(self._idle_timeout_s):
                     event = await self._websocket.receive()
             except TimeoutError:
+                if not self._session.idle:
+                    continue  # it is we who are slow
                 await self._close(wire.encode_idle_timeout())
                 raise _Ended("idle") from None
             if event["type"] == "websocket.disconnect":

@@ -82,14 +82,14 @@ async def serve(settings: Settings) -> int:
         soft_wrap=True,
     )
     async with asyncio.TaskGroup() as tasks:
-        watching = tasks.create_task(_announce(workers, console, f"{shown}:{port}"))
+        watching = tasks.create_task(_announce(workers, console, f"{shown}:{port}", server))
         await server.serve(sockets=[end])
         watching.cancel()
     return 1 if workers.failure else 0
 
 
-async def _announce(workers: Workers, console: Console, address: str) -> None:
-    """Show each model's load stages, then where to go. A failure stops nothing: /health/ready and the page tell it."""
+async def _announce(workers: Workers, console: Console, address: str, server: uvicorn.Server) -> None:
+    """Show each model's load stages, then where to go; stop the server if its models can never be loaded."""
     with ExitStack() as stack:
         progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
@@ -112,7 +112,8 @@ async def _announce(workers: Workers, console: Console, address: str) -> None:
     try:
         await workers.wait_ready()
     except LcmError:
-        return  # logged where it happened
+        server.should_exit = True  # why was logged where it happened
+        return
     loads = ", ".join(f"{name} in {model.load_seconds:.1f} s" for name, model in workers.models.items())
     console.print(f"[bold green]ready[/] on {workers.device_name}: {loads}")
     console.print(f"  page       http://{address}/")
