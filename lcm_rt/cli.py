@@ -83,8 +83,6 @@ def serve(
         sys.exit(asyncio.run(run(settings)))
     except (LcmError, OSError) as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(0)
 
 
 @app.command()

@@ -147,7 +147,6 @@ class Workers:
             begun_at = time.monotonic()
             status = await self._live_once()
             if self.failure:
-                logger.error("the engine cannot start: %s", self.failure)
                 return
             lived = time.monotonic() - begun_at
             pause = FIRST_RESTART_S if lived > HEALTHY_S else min(pause * 2, LAST_RESTART_S)
@@ -255,7 +254,8 @@ class Workers:
                 self._ready.set()
                 self._metrics.ready.set(1)
             case "broken":
-                self.failure = Unavailable(from_wire(message["error"]).args[0])
+                self.failure = Unavailable(str(from_wire(message["error"])))
+                logger.error("the engine cannot start: %s", self.failure)
                 for model in self.models.values():
                     if model.state != "ready":
                         model.state = "failed"

@@ -40,10 +40,13 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         else:
             pytest.fail(f"the server did not become ready:\n{said}")
         # Its later words are read too, so that it never waits for us.
-        threading.Thread(target=process.stderr.read, daemon=True).start()
+        reader = threading.Thread(target=process.stderr.read)
+        reader.start()
         yield match[1]
         process.terminate()
         assert process.wait(20) == 0
+        reader.join()
     finally:
         process.kill()
         process.wait()
+        process.stderr.close()

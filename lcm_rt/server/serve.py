@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import uvicorn
 from rich.console import Console
@@ -23,6 +25,7 @@ from lcm_rt.workers import Workers
 DRAIN_S = 5
 """How long a stop waits for answers under way; a client that does not read cannot hold it longer."""
 
+_BACKLOG = 2048
 _USER_TIMEOUT_MS = 20_000
 _SEND_BUFFER_BYTES = 256 * 2**10
 
@@ -41,10 +44,25 @@ def listen(host: str, port: int) -> socket.socket:
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
     try:
         end.bind((host, port))
+        end.listen(_BACKLOG)
     except OSError as error:
         end.close()
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     return end
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, for which a signal to stop is no failure: the process drains and exits with 0."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+        for number in signals:
+            loop.remove_signal_handler(number)
 
 
 def uvicorn_config(app: Starlette) -> uvicorn.Config:
@@ -74,7 +92,7 @@ async def serve(settings: Settings) -> int:
     workers = service.workers
     app = create_app(settings, service)
     end = listen(settings.host, settings.port)
-    server = uvicorn.Server(uvicorn_config(app))
+    server = Server(uvicorn_config(app))
     host, port = end.getsockname()[:2]
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else host
     console.print(
@@ -88,7 +106,7 @@ async def serve(settings: Settings) -> int:
     return 1 if workers.failure else 0
 
 
-async def _announce(workers: Workers, console: Console, address: str, server: uvicorn.Server) -> None:
+async def _announce(workers: Workers, console: Console, address: str, server: Server) -> None:
     """Show each model's load stages, then where to go; stop the server if its models can never be loaded."""
     with ExitStack() as stack:
         progress = Progress(
