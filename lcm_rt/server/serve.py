@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import uvicorn
 from rich.console import Console
@@ -95,10 +96,8 @@ async def serve(settings: Settings) -> int:
     server = Server(uvicorn_config(app))
     host, port = end.getsockname()[:2]
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else host
-    console.print(
-        f"[bold]lcm-rt {lcm_rt.__version__}[/]  http://{shown}:{port}/  (loading; the page is there already)",
-        soft_wrap=True,
-    )
+    say = partial(console.print, soft_wrap=True, highlight=False)
+    say(f"[bold]lcm-rt {lcm_rt.__version__}[/]  http://{shown}:{port}/  (loading; the page is there already)")
     async with asyncio.TaskGroup() as tasks:
         watching = tasks.create_task(_announce(workers, console, f"{shown}:{port}", server))
         await server.serve(sockets=[end])
@@ -132,12 +131,10 @@ async def _announce(workers: Workers, console: Console, address: str, server: Se
     except LcmError:
         server.should_exit = True  # why was logged where it happened
         return
+    say = partial(console.print, soft_wrap=True, highlight=False)
     loads = ", ".join(f"{name} in {model.load_seconds:.1f} s" for name, model in workers.models.items())
-    console.print(f"[bold green]ready[/] on {workers.device_name}: {loads}")
-    console.print(f"  page       http://{address}/")
-    console.print(f'  one shot   curl -s http://{address}/run/fal-ai/lcm -d \'{{"prompt": "sunset over a lake"}}\'')
-    console.print(
-        f"  realtime   ws://{address}/fal-ai/lcm/realtime   (msgpack or JSON, as the fal clients speak it)",
-        soft_wrap=True,
-    )
-    console.print("  clients    docs/clients.md says how to point @fal-ai/client and fal-client here", soft_wrap=True)
+    say(f"[bold green]ready[/] on {workers.device_name}: {loads}")
+    say(f"  page       http://{address}/")
+    say(f'  one shot   curl -s http://{address}/run/fal-ai/lcm -d \'{{"prompt": "sunset over a lake"}}\'')
+    say(f"  realtime   ws://{address}/fal-ai/lcm/realtime   (msgpack or JSON, as the fal clients speak it)")
+    say("  clients    docs/clients.md says how to point @fal-ai/client and fal-client here")
