@@ -7,6 +7,8 @@ pyzmq (``benchmarks/ipc.py``) and its end-of-file tells at once that the other p
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
 import socket
 import threading
 from collections.abc import Iterator
@@ -25,16 +27,29 @@ def _unpacker() -> msgpack.Unpacker:
 
 
 class Channel:
-    """The engine's end: blocking, and safe to send on from any thread."""
+    """The engine's end; ``send`` may be called from any thread and never waits for the socket.
+
+    What waits to be sent is bounded by the requests that the front lets be pending.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
-        self._lock = threading.Lock()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send_all, name="send", daemon=True)
+        self._sender.start()
 
     def send(self, message: Message) -> None:
-        data = msgpack.packb(message)
-        with self._lock:
-            self._end.sendall(data)
+        self._outbox.put(msgpack.packb(message))
+
+    def _send_all(self) -> None:
+        with contextlib.suppress(OSError):  # the front is gone, as whoever receives learns too
+            while data := self._outbox.get():
+                self._end.sendall(data)
+
+    def close(self) -> None:
+        """Wait until everything is sent."""
+        self._outbox.put(None)
+        self._sender.join()
 
     def receive(self) -> Iterator[Message]:
         """Messages until the front is gone."""

@@ -50,6 +50,8 @@ def _settings(**given: Any) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    except ValueError as error:  # the file is missing, or is not TOML
+        fail(str(error))
 
 
 @app.command()

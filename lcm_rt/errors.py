@@ -4,6 +4,7 @@
     ├── InputError          the client's words are wrong (422)
     │   └── ImageError      ... and it is a picture that cannot be used
     ├── NotFound            no such app, model, job or file (404)
+    ├── RequestTimeout      the client took too long to say what it wants (408)
     ├── Overloaded          more work than the server takes on (429)
     ├── Unavailable         no engine can answer now (503)
     │   ├── ModelLoading    ... because the model is still on its way in
@@ -73,6 +74,11 @@ class ImageError(InputError):
 class NotFound(LcmError):
     code = "not_found"
     status = 404
+
+
+class RequestTimeout(LcmError):
+    code = "request_timeout"
+    status = 408
 
 
 class Overloaded(LcmError):

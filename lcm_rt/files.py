@@ -31,7 +31,7 @@ class Files:
     """A folder of answered pictures under unguessable names.
 
     Args:
-        folder: made when missing; nothing else may live there.
+        folder: made when missing; files there that are not ours are left alone.
         ttl_s: how long a file is kept. limit_bytes: how much all may take; the oldest go first.
     """
 
@@ -74,7 +74,11 @@ class Files:
             InputError: some other address.
         """
         if url[:5].lower() == "data:":
-            return read_data_uri(field, url)
+            parts = []
+            for part in read_data_uri(field, url):
+                parts.append(part)
+                await asyncio.sleep(0)
+            return b"".join(parts)
         try:
             match = _PATH.fullmatch(urlsplit(url).path)
         except ValueError:
@@ -90,15 +94,18 @@ class Files:
     async def run(self) -> None:
         """Remove expired files until cancelled."""
         while True:
-            await asyncio.to_thread(self.sweep, time.time())
+            try:
+                await asyncio.to_thread(self.sweep, time.time())
+            except OSError:
+                logger.exception("expired files could not be removed")
             await asyncio.sleep(SWEEP_S)
 
     def sweep(self, now: float) -> None:
         """Remove what has expired by ``now`` (epoch seconds), then the oldest beyond the limit."""
-        try:
-            found = [(path.stat().st_mtime, path.stat().st_size, path) for path in self._folder.iterdir()]
-        except FileNotFoundError:
+        if not self._folder.is_dir():
             return
+        ours = [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name.removeprefix("."))]
+        found = [((status := path.stat()).st_mtime, status.st_size, path) for path in ours]
         total = 0
         for modified_at, size, path in sorted(found, reverse=True):
             total += size

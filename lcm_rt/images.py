@@ -112,12 +112,13 @@ def _plan(size: tuple[int, int], wanted: tuple[int, int] | None) -> tuple[tuple[
 
 
 def _fit(picture: Image.Image, scaled: tuple[int, int], size: tuple[int, int]) -> Image.Image:
-    if scaled != picture.size:
-        picture = picture.resize(scaled, Image.Resampling.LANCZOS)
-    if size == scaled:
-        return picture
     left, top = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    return picture.crop((left, top, left + size[0], top + size[1]))
+    box = (left, top, left + size[0], top + size[1])
+    if scaled == picture.size:
+        return picture.crop(box)
+    # Only the middle is scaled: all of a picture of 1x4096, made 1024 wide, would be four million high.
+    x, y = picture.width / scaled[0], picture.height / scaled[1]
+    return picture.resize(size, Image.Resampling.LANCZOS, (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
 
 
 def _times(size: tuple[int, int]) -> str:

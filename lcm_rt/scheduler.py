@@ -14,7 +14,8 @@ from lcm_rt.types import GenerateRequest, Priority
 RANK: dict[Priority, int] = {"realtime": 0, "run": 1, "queue": 2}
 
 PATIENCE = 8
-"""A bucket that was passed over this many times in a row goes first, whatever its priority, so that none starves."""
+"""Nothing starves: a bucket that was passed over this many times goes first, whatever its priority, and a ticket rises
+by one rank whenever this many others were admitted before it."""
 
 
 class Ticket(Protocol):
@@ -51,29 +52,58 @@ class Scheduler(Generic[T, R]):
         self._waiting: dict[int, T] = {}
         self._running: dict[int, R] = {}
         self._passed_over: dict[Hashable, int] = {}
+        self._admitted = 0
+        self._admitted_before: dict[int, int] = {}  # by ticket: how many had been admitted when it came
+        self._seats: dict[str, int] = {}  # by session: the key of the first message of its present wait
 
     def add(self, ticket: T) -> None:
-        """Let a decoded request wait for its turn."""
+        """Let a decoded request wait for its turn. A message that replaces another of its session has its seat."""
+        if self.idle:
+            self._seats.clear()  # of sessions that left while nothing of theirs was here
         self._waiting[ticket.key] = ticket
+        self._admitted_before[ticket.key] = self._admitted
+        if ticket.request.session is not None:
+            self._seats.setdefault(ticket.request.session, ticket.key)
 
     def admit(self) -> list[T]:
         """The tickets to begin now; each of them is either started or forgotten by the caller.
 
-        A session has one running row at a time: its next message waits, and may still be replaced by a newer one.
+        A session has one running row at a time: its next message waits, and may still be replaced by a newer one. One
+        row is kept free for realtime, so that long runs cannot keep it waiting.
         """
-        busy = {row.request.session for row in self._running.values()}
+        if not self._waiting:
+            return []
+        running = [row.request for row in self._running.values()]
+        busy = {request.session for request in running}
+        others = sum(request.priority != "realtime" for request in running)
+        room = self.max_rows - len(running)
         admitted: list[T] = []
-        for ticket in sorted(self._waiting.values(), key=_order):
-            if len(self._running) + len(admitted) >= self.max_rows:
+        for ticket in sorted(self._waiting.values(), key=self._turn):
+            if len(admitted) == room:
                 break
             session = ticket.request.session
-            if session is not None:
-                if session in busy:
+            if session is not None and session in busy:
+                continue
+            if ticket.request.priority != "realtime":
+                if others >= max(self.max_rows - 1, 1):
                     continue
-                busy.add(session)
+                others += 1
+            busy.add(session)
+            self._forget(ticket)
             admitted.append(ticket)
-            del self._waiting[ticket.key]
+        self._admitted += len(admitted)
         return admitted
+
+    def _turn(self, ticket: T) -> tuple[int, int]:
+        """Whose turn it is: lower first."""
+        passed_over = self._admitted - self._admitted_before[ticket.key]
+        rank = max(0, RANK[ticket.request.priority] - passed_over // PATIENCE)
+        return rank, self._seats.get(ticket.request.session or "", ticket.key)
+
+    def _forget(self, ticket: T) -> None:
+        del self._waiting[ticket.key], self._admitted_before[ticket.key]
+        if ticket.request.session is not None:
+            self._seats.pop(ticket.request.session, None)
 
     def start(self, row: R) -> None:
         """An admitted ticket has become a row; it joins the next forward of its bucket."""
@@ -104,8 +134,15 @@ class Scheduler(Generic[T, R]):
         return done
 
     def drop(self, key: int, *, running: bool = False) -> bool:
-        """Forget a request that waits or, if ``running``, also one that has begun. Returns whether it was there."""
-        if self._waiting.pop(key, None):
+        """Forget a request that waits or, if ``running``, also one that has begun. Returns whether it was there.
+
+        With ``running`` nobody waits for it any more; without, a newer message of its session takes its seat.
+        """
+        if ticket := self._waiting.get(key):
+            seat = self._seats.get(ticket.request.session or "")
+            self._forget(ticket)
+            if seat is not None and ticket.request.session and not running:
+                self._seats[ticket.request.session] = seat
             return True
         return running and self._running.pop(key, None) is not None
 

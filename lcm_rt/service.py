@@ -46,23 +46,25 @@ class Ongoing:
         self._wanted = wanted
 
     def supersede(self) -> None:
-        """Drop it unless it has begun."""
-        for part in self._parts:
-            part.supersede()
+        """Drop it unless one of its pictures has begun."""
+        if not any(part.begun for part in self._parts):
+            for part in self._parts:
+                part.supersede()
 
     async def output(self) -> GenerateOutput:
         """The finished pictures. Being cancelled here cancels the work; Raises: LcmError."""
         try:
             results: list[GenerateResult] = [await part.result for part in self._parts]
         except ImageError as error:
-            self._cancel()
+            self.cancel()
             raise ImageError(_as_spelt(error.field, self._wanted), error.message) from None
         except BaseException:
-            self._cancel()
+            self.cancel()
             raise
         return GenerateOutput(results, self._wanted.prompt, self._wanted.request_id)
 
-    def _cancel(self) -> None:
+    def cancel(self) -> None:
+        """Drop it wherever it is: nobody waits for it."""
         for part in self._parts:
             part.cancel()
             part.result.cancel()
@@ -161,8 +163,7 @@ class Service:
                 )
                 parts.append(self.workers.submit(part, on_begun))
         except LcmError:
-            for generation in parts:
-                generation.cancel()
+            Ongoing(parts, wanted).cancel()
             raise
         return Ongoing(parts, wanted)
 
@@ -176,10 +177,6 @@ class Service:
 
     async def run(self, wanted: GenerateInput, *, app_model: str, priority: Priority) -> GenerateOutput:
         """Start, wait, count. Raises: LcmError."""
-        try:
-            output = await (await self.start(wanted, app_model=app_model, priority=priority)).output()
-        except LcmError as error:
-            self.metrics.errors.labels(error.code).inc()
-            raise
+        output = await (await self.start(wanted, app_model=app_model, priority=priority)).output()
         self.count(output, priority)
         return output

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 WINDOW = 2
+MAX_WAITING_BYTES = 64 * 2**20
+"""However many messages may wait, together they take no more than this, but for the newest."""
 
 Reply = TypeVar("Reply")
 
@@ -62,6 +64,9 @@ class Session(Generic[Reply]):
         self.received += 1
         self._mailbox.append(Message(self.received, frame, now))
         ahead = [m for m in self._open if not (m.begun or m.answered or m.dropped)]
+        if not any(m.begun and not m.answered for m in self._open):
+            # The one on its way to the engine goes on, or a client that is faster than the decoder would see nothing.
+            ahead = ahead[1:]
         surplus = len(ahead) + len(self._mailbox) - self.max_buffering
         victims = ahead[: max(surplus, 0)]
         for message in victims:
@@ -69,12 +74,14 @@ class Session(Generic[Reply]):
         for _ in range(surplus - len(victims)):
             self._mailbox.popleft()
             self.superseded += 1
+        while len(self._mailbox) > 1 and sum(len(m.frame) for m in self._mailbox) > MAX_WAITING_BYTES:
+            self._mailbox.popleft()
+            self.superseded += 1
         return victims
 
     def take(self) -> Message[Reply] | None:
         """The oldest message that waits, or None while the window is full or nothing waits."""
-        undelivered = sum(bool(message.replies) or not message.answered for message in self._open) + self._unsent
-        if not self._mailbox or undelivered >= WINDOW:
+        if not self._mailbox or len(self._open) + self._unsent >= WINDOW:
             return None
         message = self._mailbox.popleft()
         self._open.append(message)
@@ -84,17 +91,18 @@ class Session(Generic[Reply]):
         """The engine has started on ``message``: from here on it is not replaced by a newer one."""
         message.begun = True
 
-    def retry(self, message: Message[Reply]) -> bool:
+    def retry(self, message: Message[Reply], *, blame: bool = True) -> bool:
         """Put a taken message that was lost back into the mailbox, once, unless a newer one waits there.
 
-        So the last message that a client sent is rendered even when the engine process dies under it.
+        So the last message that a client sent is rendered even when the engine process dies under it. Without
+        ``blame`` this does not count as its one retry: the engine was not there at all.
 
         Returns: whether it was put back; if not, ``answer`` it.
         """
         if message.retried or message.dropped or self._mailbox or self._open[-1] is not message:
             return False
         self._open.remove(message)
-        message.retried, message.begun = True, False
+        message.retried, message.begun = blame, False
         self._mailbox.append(message)
         return True
 
@@ -105,7 +113,10 @@ class Session(Generic[Reply]):
         """
         message.answered = True
         message.replies = list(replies)
-        self.superseded += not replies
+        message.frame = b""  # it may be large, and its reply may have to wait for an earlier one
+        if not replies:
+            self.superseded += 1
+            self._open.remove(message)
         ready: list[Reply] = []
         while self._open and self._open[0].answered:
             ready += self._open.popleft().replies

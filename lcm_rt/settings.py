@@ -1,7 +1,8 @@
 """What an operator may choose; read once at the roof and passed down as values.
 
-Each field is a flag of ``lcm-rt serve``, a variable ``LCM_RT_<NAME>`` and a key of the TOML file that
-``LCM_RT_CONFIG`` names, in that order of precedence. An unknown key in the file is an error.
+Each field is a variable ``LCM_RT_<NAME>`` and a key of the TOML file that ``LCM_RT_CONFIG`` names; the usual ones are
+flags of ``lcm-rt serve`` too. A flag goes before a variable, and that before the file. An unknown key in the file is an
+error.
 """
 
 from __future__ import annotations
@@ -9,9 +10,16 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 
 def _default_data_dir() -> Path:
@@ -27,7 +35,11 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     insecure: bool = Field(False, description="Allow an address that other machines reach, though there are no keys.")
     data_dir: Path = Field(default_factory=_default_data_dir, description="Where answered pictures are kept.")
-    models: list[str] = Field(["embedded"], min_length=1, description="Models to serve; the first is the default.")
+    models: Annotated[list[str], NoDecode] = Field(
+        ["embedded"],
+        min_length=1,
+        description="Models to serve; the first is the default. A variable separates by comma.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     compile: bool = Field(False, description="torch.compile the networks: slower start, faster pictures.")
     threads: int | None = Field(None, ge=1, description="Threads of a CPU's arithmetic; by default torch's choice.")
@@ -36,7 +48,7 @@ class Settings(BaseSettings):
     max_pending: int = Field(256, ge=1, description="Requests at the engine at a time, before 429.")
     idle_timeout_s: float = Field(300, gt=0, description="A realtime connection without messages is closed after this.")
     send_timeout_s: float = Field(10, gt=0, description="A client that takes longer to read one frame is cut.")
-    hang_timeout_s: float = Field(120, gt=0, description="An engine that makes no progress for this long is restarted.")
+    hang_timeout_s: float = Field(120, gt=0, description="An engine whose step takes longer than this is restarted.")
     file_ttl_s: float = Field(3600, gt=0, description="How long an answered picture is kept for its URL.")
     file_limit_mb: int = Field(1024, ge=1, description="Most that answered pictures may take on disk; oldest go first.")
 
@@ -44,6 +56,11 @@ class Settings(BaseSettings):
     @classmethod
     def _expand(cls, path: Path) -> Path:
         return path.expanduser().resolve()
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split(cls, models: str | list[str]) -> list[str]:
+        return models.split(",") if isinstance(models, str) else models
 
     @property
     def is_loopback(self) -> bool:
@@ -64,5 +81,7 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         sources = [init_settings, env_settings]
         if path := os.environ.get("LCM_RT_CONFIG"):
+            if not Path(path).is_file():
+                raise ValueError(f"LCM_RT_CONFIG: there is no file {path}")
             sources.append(TomlConfigSettingsSource(settings_cls, Path(path)))
         return tuple(sources)

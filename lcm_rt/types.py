@@ -11,7 +11,7 @@ import binascii
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator takes 32 bits: 2**32 would be seed 0 again.
 MAX_SIDE = 1024  # px; larger input pictures are scaled down to it, larger outputs refused.
@@ -63,13 +63,28 @@ def _bytes_by_text(value: Any) -> Any:
 File = Annotated[bytes, BeforeValidator(_bytes_by_text)]
 
 
+def is_request_id(value: Any) -> bool:
+    """Whether ``value`` may name a request: a number, or text of at most 1000 characters."""
+    return isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 1000)
+
+
+def _request_id(value: Any) -> Any:
+    if value is not None and not is_request_id(value):
+        raise ValueError("should be a number, or text of at most 1000 characters")
+    return value
+
+
 class GenerateInput(BaseModel):
     """One message of a client. Unknown keys are ignored; ``null`` means the default."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
     prompt: str = Field(max_length=10_000)
-    negative_prompt: str = Field("", max_length=10_000)
+    negative_prompt: str = Field(
+        "",
+        max_length=10_000,
+        description="Needs guidance_scale above 1, and a model that is not distilled for guidance.",
+    )
     model: str | None = Field(None, max_length=200)
     model_name: str | None = Field(None, max_length=200, description="A hub repository; a hint, unlike `model`.")
     image_url: str | None = None
@@ -86,7 +101,7 @@ class GenerateInput(BaseModel):
     sync_mode: bool = False
     format: Format = "jpeg"
     quality: int = Field(80, ge=1, le=100)
-    request_id: Any = Field(None, description="Echoed as it came.")
+    request_id: Annotated[Any, AfterValidator(_request_id)] = Field(None, description="Text or a number, echoed.")
 
     @model_validator(mode="before")
     @classmethod
@@ -94,7 +109,8 @@ class GenerateInput(BaseModel):
         if not isinstance(data, dict):
             return data
         # A JavaScript ArrayBuffer arrives as an empty map when its msgpack encoder does not know the type.
-        return {key: value for key, value in data.items() if value is not None and value != {}}
+        given = {key: value for key, value in data.items() if value is not None and value != {}}
+        return {key: value for key, value in given.items() if value != "" or not key.endswith("_url")}
 
 
 @dataclass(frozen=True, slots=True)

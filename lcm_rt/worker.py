@@ -24,7 +24,7 @@ import numpy as np
 
 from lcm_rt.catalog import ModelSpec
 from lcm_rt.channel import Channel, Message
-from lcm_rt.errors import Cancelled, GenerationFailed, LcmError, OutOfMemory, Superseded, to_wire
+from lcm_rt.errors import Cancelled, GenerationFailed, LcmError, OutOfMemory, Superseded, Unavailable, to_wire
 from lcm_rt.images import Canvas, encode_picture, read_canvas
 from lcm_rt.scheduler import Scheduler
 from lcm_rt.types import GenerateRequest
@@ -89,9 +89,10 @@ class Worker:
         self._inbox.put(message)
 
     def run(self) -> None:
-        """Serve until a ``stop`` message comes."""
+        """Serve for as long as the process lives."""
         scheduler, engine = self._scheduler, self._engine
-        while self._drain():
+        while True:
+            self._drain()
             self.turns += 1
             for ticket in scheduler.admit():
                 if row := self._begin(ticket):
@@ -100,14 +101,14 @@ class Worker:
             if batch and (done := scheduler.retire(self._step(batch))):
                 self._deliver(done, engine.finish(done))
 
-    def _drain(self) -> bool:
-        """Take in what has come; wait for it only when there is nothing to step. False once told to stop."""
+    def _drain(self) -> None:
+        """Take in what has come; wait for it only when there is nothing to step."""
         block = self._scheduler.idle
         while True:
             try:
                 message = self._inbox.get(block=block)
             except queue.Empty:
-                return True
+                return
             block = False
             if isinstance(message, Ticket | Undecoded):
                 if message.key not in self._decoding:
@@ -122,10 +123,10 @@ class Worker:
                 self._decoders.submit(self._decode, message["key"], message["request"], time.perf_counter())
             elif message["op"] == "drop":
                 self._drop(message["key"], running=message["running"])
-            elif message["op"] == "stop":
-                return False
 
     def _decode(self, key: int, fields: dict[str, Any], received_at: float) -> None:
+        if key not in self._decoding:
+            return  # dropped while it waited for its turn: a fast client must not pile up work that nobody wants
         try:
             size = fields.pop("size")
             request = GenerateRequest(**fields, size=tuple(size) if size else None)
@@ -254,8 +255,12 @@ def serve(end: socket.socket, create_engine: Callable[..., Engine]) -> None:
         channel.send({"op": "device", "name": engine.device_name})
         for spec in specs:
             _load(engine, spec, channel)
-    except LcmError as error:
+    except Exception as error:
+        if not isinstance(error, LcmError):
+            logger.exception("the engine cannot be loaded")
+            error = Unavailable("the engine cannot be loaded; its log says why")
         channel.send({"op": "broken", "error": to_wire(error)})
+        channel.close()
         return
     channel.send({"op": "ready"})
     worker.run()

@@ -48,6 +48,7 @@ class Generation:
     key: int
     result: asyncio.Future[GenerateResult]
     on_begun: Callable[[], None] | None
+    begun: bool
     _drop: Callable[[int, bool], None] = field(repr=False)
 
     def supersede(self) -> None:
@@ -96,6 +97,7 @@ class Workers:
         self.command: tuple[str, ...] = (sys.executable, "-m", "lcm_rt.worker")
         self._channel: AsyncChannel | None = None
         self._ready = asyncio.Event()
+        self._was_ready = False
         self._pending: dict[int, Generation] = {}
         self._keys = itertools.count(1)
         self._turns = 0
@@ -103,7 +105,7 @@ class Workers:
     @property
     def is_ready(self) -> bool:
         """The engine has loaded every model and run each once."""
-        return self._ready.is_set()
+        return self._ready.is_set() and self.failure is None
 
     async def wait_ready(self) -> None:
         """Wait until requests are answered. Raises: LcmError if the engine cannot ever start."""
@@ -121,10 +123,11 @@ class Workers:
             raise self.failure
         if not self.is_ready or self._channel is None:
             raise ModelLoading(f"the model is loading ({self.stage})")
-        if len(self._pending) >= self._max_pending:
+        # Realtime is bounded by its sessions; a flood of other requests must not cost a typist the newest message.
+        if request.priority != "realtime" and len(self._pending) >= self._max_pending:
             raise Overloaded(f"{self._max_pending} requests are waiting already; try again soon")
         key = next(self._keys)
-        generation = Generation(key, asyncio.get_running_loop().create_future(), on_begun, self._drop)
+        generation = Generation(key, asyncio.get_running_loop().create_future(), on_begun, False, self._drop)
         self._pending[key] = generation
         self._metrics.pending.set(len(self._pending))
         # Not dataclasses.asdict: it would copy the picture's bytes.
@@ -145,14 +148,20 @@ class Workers:
         pause = FIRST_RESTART_S
         while True:
             begun_at = time.monotonic()
-            status = await self._live_once()
+            status: int | None = None
+            try:
+                status = await self._live_once()
+            except Exception:
+                logger.exception("no engine process can be had")
             if self.failure:
                 return
             lived = time.monotonic() - begun_at
-            pause = FIRST_RESTART_S if lived > HEALTHY_S else min(pause * 2, LAST_RESTART_S)
+            if lived > HEALTHY_S:
+                pause = FIRST_RESTART_S
             logger.error("the engine process ended with status %s after %.1f s; again in %.1f s", status, lived, pause)
             self._metrics.restarts.inc()
             await asyncio.sleep(pause)
+            pause = min(pause * 2, LAST_RESTART_S)
 
     async def _live_once(self) -> int | None:
         """Spawn one engine process and serve its messages until it is gone."""
@@ -162,16 +171,18 @@ class Workers:
                 *self.command, str(theirs.fileno()), pass_fds=(theirs.fileno(),)
             )
         self.pid = process.pid
-        self._channel = channel = await AsyncChannel.open(ours)
-        channel.send(self._start)
-        watch = asyncio.create_task(self._watch(process, channel))
         try:
-            while messages := await channel.receive():
-                for message in messages:
-                    self._handle(message)
+            async with asyncio.TaskGroup() as tasks:
+                self._channel = channel = await AsyncChannel.open(ours)
+                channel.send(self._start)
+                watch = tasks.create_task(self._watch(process, channel))
+                while messages := await channel.receive():
+                    for message in messages:
+                        self._handle(message)
+                watch.cancel()
         finally:
-            watch.cancel()
-            channel.close()
+            if self._channel:
+                self._channel.close()
             self._lose()
             await _end(process)
         return process.returncode
@@ -216,9 +227,10 @@ class Workers:
     def _handle(self, message: Message) -> None:
         match message["op"]:
             case "begun":
-                generation = self._pending.get(message["key"])
-                if generation and generation.on_begun:
-                    generation.on_begun()
+                if generation := self._pending.get(message["key"]):
+                    generation.begun = True
+                    if generation.on_begun:
+                        generation.on_begun()
             case "result":
                 self._settle(message["key"], GenerateResult(**message["result"]))
             case "error":
@@ -251,8 +263,12 @@ class Workers:
                 model.state, model.stage, model.progress = "ready", "ready", 1.0
                 model.load_seconds = message["seconds"]
             case "ready":
+                self._was_ready = True
                 self._ready.set()
                 self._metrics.ready.set(1)
+            case "broken" if self._was_ready:
+                # It worked before: perhaps the memory of the process that died is not free yet. Its exit restarts it.
+                logger.error("the engine could not come back: %s", from_wire(message["error"]))
             case "broken":
                 self.failure = Unavailable(str(from_wire(message["error"])))
                 logger.error("the engine cannot start: %s", self.failure)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,17 @@ async def test_no_name_leads_out_of_the_folder(tmp_path: Path) -> None:
     for name in ("../secret.png", "..%2fsecret.png", "/etc/passwd", "", ".", "a" * 22 + ".txt"):
         with pytest.raises(NotFound):
             await it.find(name)
+
+
+@run
+async def test_a_sweep_leaves_what_is_not_ours(tmp_path: Path) -> None:
+    it = files(tmp_path)
+    await it.put(b"x", "image/png")
+    thesis = tmp_path / "files" / "thesis.txt"
+    thesis.write_text("years of work")
+    (tmp_path / "files" / "folder.png").mkdir()
+    await asyncio.to_thread(it.sweep, time.time() + 10_000)
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["folder.png", "thesis.txt"]
 
 
 @pytest.mark.parametrize("url", ["http://example.com/a.png", "file:///etc/passwd", "ftp://x", "//[", "x"])

@@ -69,7 +69,8 @@ async def test_errors_are_typed_json(tmp_path: Path) -> None:
         for answer in (await http.get("/nope"), await http.post("/fal-ai/lcm/requests/x/cancel", json={"prompt": "x"})):
             assert (answer.status_code, answer.headers["content-type"]) == (404, "application/json")
             assert answer.json()["message"]
-        assert (await http.get("/files/../../etc/passwd")).status_code == 404
+        assert (await http.get("/files/%2e%2e%2f%2e%2e%2fmodel%2fmodel_index.json")).status_code == 404
+        assert server.metric("lcm_rt_errors_total", code="invalid_input") == 3
         assert (await http.get("/files/AAAAAAAAAAAAAAAAAAAAAA.png")).json()["error_type"] == "not_found"
 
 

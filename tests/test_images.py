@@ -148,6 +148,14 @@ def test_a_size_given_is_covered_and_the_middle_cut_out(size):
     np.testing.assert_allclose(middle, [127, 127, 128], atol=5)
 
 
+def test_a_narrow_picture_made_wide_is_not_scaled_as_a_whole():
+    """All of 1x4096 at 1024 wide would be 4 million high: 13 GB."""
+    picture = Image.new("RGB", (1, 4096), "red")
+    canvas = read(file(picture), size=(1024, 1024))
+    assert canvas.image.shape == (1024, 1024, 3)
+    assert (canvas.image == (255, 0, 0)).all()
+
+
 def test_small_pictures_are_refused():
     for size in [(63, 64), (1, 1), (4000, 100)]:
         with pytest.raises(ImageError, match="too small"):

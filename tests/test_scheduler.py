@@ -64,12 +64,55 @@ def test_a_session_has_one_row_at_a_time() -> None:
 
 
 def test_realtime_before_run_before_queue_then_oldest() -> None:
-    scheduler: Scheduler[Row, Row] = Scheduler(2)
-    order: list[Priority] = ["queue", "run", "run", "realtime"]
+    scheduler: Scheduler[Row, Row] = Scheduler(3)
+    order: list[Priority] = ["queue", "run", "run", "realtime", "run"]
     for key, priority in enumerate(order):
         scheduler.add(row(key, priority=priority))
-    assert begin(scheduler) == [3, 1]
-    assert scheduler.depth == (2, 2)
+    assert begin(scheduler) == [3, 1, 2]
+    assert scheduler.depth == (2, 3)
+
+
+def test_long_runs_leave_a_row_for_realtime() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(3)
+    for key in range(4):
+        scheduler.add(row(key, steps=50))
+    assert begin(scheduler) == [0, 1]
+    scheduler.add(row(4, priority="realtime"))
+    assert begin(scheduler) == [4]
+
+
+def test_cameras_do_not_starve_a_run() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(4)
+    scheduler.add(row(0))
+    key = 0
+    for _ in range(2 * PATIENCE):
+        for camera in "abcd":
+            key += 1
+            scheduler.add(row(key, session=camera, priority="realtime", steps=1))
+        if 0 in begin(scheduler):
+            return
+        batch = scheduler.schedule()
+        for r in batch:
+            r.steps_left = 0
+        scheduler.retire(batch)
+        for waiting in range(key - 3, key + 1):
+            scheduler.drop(waiting)
+    raise AssertionError("the run never began")
+
+
+def test_a_replacement_has_the_seat_of_what_it_replaces() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(1)
+    scheduler.add(row(1, session="fast", priority="realtime"))
+    scheduler.add(row(2, session="slow", priority="realtime"))
+    assert scheduler.drop(1)
+    scheduler.add(row(3, session="fast", priority="realtime"))
+    assert begin(scheduler) == [3]
+    scheduler.retire([])
+    assert scheduler.drop(3, running=True)
+    assert scheduler.drop(2, running=True)
+    scheduler.add(row(4, session="other", priority="realtime"))
+    scheduler.add(row(5, session="slow", priority="realtime"))
+    assert begin(scheduler) == [4], "a session that left has no seat"
 
 
 def test_a_batch_is_of_one_bucket_and_buckets_take_turns() -> None:

@@ -45,12 +45,34 @@ def test_one_is_stepped_and_one_waits_decoded() -> None:
 
 def test_a_message_that_begins_while_it_is_being_replaced_is_answered() -> None:
     session: Session[str] = Session()
+    for frame in "ab":
+        session.receive(frame, 0.0)
+        message = session.take()
+        assert message
+        if frame == "a":
+            session.begun(message)
+    assert session.receive("c", 0.0) == [message]
+    session.begun(message)  # the engine was faster
+    assert session.answer(message, "B") == []
+    assert session.superseded == 0
+
+
+def test_a_client_faster_than_the_decoder_sees_pictures() -> None:
+    session: Session[str] = Session()
     session.receive("a", 0.0)
     (a,) = take_all(session)
-    assert session.receive("b", 0.0) == [a]
+    for number in range(100):
+        assert a not in session.receive(str(number), 0.0), "nothing has begun yet: the one on its way goes on"
     session.begun(a)
     assert session.answer(a, "A") == ["A"]
-    assert session.superseded == 0
+
+
+def test_waiting_messages_are_bounded_in_bytes_too() -> None:
+    session: Session[str] = Session(max_buffering=60)
+    for _ in range(30):
+        session.receive(b"x" * 10_000_000, 0.0)
+    assert session.waiting == 6
+    assert session.superseded == 24
 
 
 def test_buffering_keeps_that_many() -> None:
@@ -158,6 +180,7 @@ class SessionMachine(RuleBasedStateMachine):
     def the_window_holds(self) -> None:
         assert len(self.open) <= WINDOW
         assert self.session.waiting <= 2
+        assert all(message.frame == b"" for message in self.session._open if message.answered)
 
     def teardown(self) -> None:
         # However it went, the newest message is answered in the end, and every message is accounted for.

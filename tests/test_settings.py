@@ -28,6 +28,21 @@ def test_unknown_keys_in_the_file_are_errors(tmp_path: Path, monkeypatch: pytest
         Settings()
 
 
+def test_models_in_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LCM_RT_MODELS", "embedded,mine=/models/mine")
+    assert Settings().models == ["embedded", "mine=/models/mine"]
+
+
+def test_a_file_that_is_missing_or_broken_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "lcm-rt.toml"
+    monkeypatch.setenv("LCM_RT_CONFIG", str(file))
+    with pytest.raises(ValueError, match="there is no file"):
+        Settings()
+    file.write_text("port = = 1")
+    with pytest.raises(ValueError):
+        Settings()
+
+
 @pytest.mark.parametrize(
     "host, loopback", [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("box", False)]
 )

@@ -8,16 +8,17 @@ from typing import Any
 
 import orjson
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 
 from lcm_rt import wire
-from lcm_rt.errors import InputError, LcmError, ModelLoading
+from lcm_rt.errors import InputError, LcmError, ModelLoading, RequestTimeout
 from lcm_rt.files import CONTENT_TYPES
 from lcm_rt.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from lcm_rt.service import Service
 
 RETRY_AFTER_S = "2"
+BODY_TIMEOUT_S = 60.0
 
 
 def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -35,6 +36,7 @@ def error_response(error: LcmError, headers: dict[str, str] | None = None) -> Re
 async def on_error(request: Request, error: Exception) -> Response:
     """The one place where errors become HTTP."""
     assert isinstance(error, LcmError)
+    request.app.state.service.metrics.errors.labels(error.code).inc()
     return error_response(error, getattr(request.state, "headers", None))
 
 
@@ -55,13 +57,16 @@ async def run(request: Request) -> Response:
     service: Service = request.app.state.service
     request.state.headers = headers = {"x-fal-request-id": secrets.token_hex(16)}
     app_model = service.model_of_app(request.path_params["app"])
-    wanted = wire.parse_input(_json(await _body(request)))
+    try:
+        wanted = wire.parse_input(wire.decode_json(await _body(request)))
+    except ClientDisconnect:
+        return Response(status_code=499)  # nobody is there to read it
     generating = asyncio.ensure_future(service.run(wanted, app_model=app_model, priority="run"))
     leaving = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait({generating, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not generating.done():
-            return Response(status_code=499)  # nobody is there to read it
+            return Response(status_code=499)
         output = generating.result()
     finally:
         generating.cancel()
@@ -84,18 +89,15 @@ async def _left(request: Request) -> None:
 
 async def _body(request: Request) -> bytes:
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > wire.MAX_MESSAGE_BYTES:
-            raise InputError("body", f"is larger than {wire.MAX_MESSAGE_BYTES >> 20} MiB", "too_long")
-    return bytes(body)
-
-
-def _json(body: bytes) -> Any:
     try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InputError("body", "is not valid JSON", "json_invalid") from error
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > wire.MAX_MESSAGE_BYTES:
+                    raise InputError("body", f"is larger than {wire.MAX_MESSAGE_BYTES >> 20} MiB", "too_long")
+    except TimeoutError:
+        raise RequestTimeout(f"the body took longer than {BODY_TIMEOUT_S:.0f} s to arrive") from None
+    return bytes(body)
 
 
 async def file(request: Request) -> Response:

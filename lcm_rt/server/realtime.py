@@ -21,18 +21,20 @@ logger = logging.getLogger(__name__)
 
 Frame = bytes | str
 
-_AROUND = re.compile(r"^/run(?=/)|(?:/realtime|/ws)+$")
-_MAX_BUFFERING = 60  # the largest value that the platform's clients let through
+_BUFFERING = re.compile(r"[1-9]|[1-5][0-9]|60")  # what the platform's clients let through
 
 
 def app_of_path(path: str) -> str:
     """The application id in a WebSocket's path; older clients append ``/realtime`` twice, or ``/ws``."""
-    return _AROUND.sub("", "/" + path.strip("/")).strip("/")
+    path = path.strip("/").removeprefix("run/")
+    while path.endswith(("/realtime", "/ws")) or path in ("realtime", "ws"):
+        path = path.rpartition("/")[0]
+    return path
 
 
 def max_buffering_of(value: str | None) -> int:
     """The ``max_buffering`` of the query; anything that is no number from 1 to 60 means latest wins."""
-    return int(value) if value and value.isdecimal() and 1 <= int(value) <= _MAX_BUFFERING else 1
+    return int(value) if value and _BUFFERING.fullmatch(value) else 1
 
 
 class Realtime:
@@ -61,8 +63,6 @@ class Realtime:
         except LcmError as error:
             await self._refuse(websocket, error)
             return
-        self._open += 1
-        self._service.metrics.sessions.set(self._open)
         connection = _Connection(
             websocket,
             self._service,
@@ -72,6 +72,8 @@ class Realtime:
             idle_timeout_s=self._idle_timeout_s,
             send_timeout_s=self._send_timeout_s,
         )
+        self._open += 1
+        self._service.metrics.sessions.set(self._open)
         try:
             await connection.run()
         finally:
@@ -150,6 +152,7 @@ class _Connection:
                 raise _Ended("the client left")
             frame = event.get("bytes")
             self._receive(event["text"] if frame is None else frame)
+            await asyncio.sleep(0)  # while a flood lies in the buffer, receiving it never yields to the others
 
     def _receive(self, frame: Frame) -> None:
         self._service.metrics.messages.inc()
@@ -161,7 +164,7 @@ class _Connection:
 
     def _advance(self) -> None:
         """Start what the window has room for; while the engine loads, messages wait in the mailbox."""
-        if not self._service.workers.is_ready:
+        if not self._service.workers.is_ready and not self._service.workers.failure:
             if self._waking is None and self._session.waiting:
                 self._outbox.put_nowait((wire.encode_notice("loading", stage=self._service.workers.stage), False))
                 self._waking = self._tasks.create_task(self._wake())
@@ -195,10 +198,11 @@ class _Connection:
             if message.dropped:  # while its pictures were being looked up
                 ongoing.supersede()
             output = await ongoing.output()
+            reply = wire.encode_output(output, wanted, message.frame)
         except Superseded:
             self._answer(message)
         except (EngineLost, ModelLoading) as error:
-            if self._session.retry(message):
+            if self._session.retry(message, blame=isinstance(error, EngineLost)):
                 self._ongoing.pop(message, None)
                 self._advance()
             elif message.dropped and not message.begun:
@@ -212,7 +216,7 @@ class _Connection:
             self._fail(message, LcmError("the server failed on this message"), data)
         else:
             self._service.count(output, "realtime")
-            self._answer(message, wire.encode_output(output, wanted, message.frame))
+            self._answer(message, reply)
 
     def _fail(self, message: Message[Frame], error: LcmError, data: Any) -> None:
         self._service.metrics.errors.labels(error.code).inc()

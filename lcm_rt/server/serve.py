@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from starlette.applications import Starlette
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 import lcm_rt
 from lcm_rt import wire
@@ -66,6 +67,15 @@ class Server(uvicorn.Server):
             loop.remove_signal_handler(number)
 
 
+class _Protocol(WebSocketsSansIOProtocol):
+    """uvicorn's, which leaves a handshake that is malformed (a header over 8 kB, say) without an answer for ever."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            self.transport.abort()
+
+
 def uvicorn_config(app: Starlette) -> uvicorn.Config:
     """How uvicorn serves ``app``."""
     return uvicorn.Config(
@@ -74,7 +84,7 @@ def uvicorn_config(app: Starlette) -> uvicorn.Config:
         log_level="warning",  # at "info" it would log tokens, which are in the query
         access_log=False,
         server_header=False,
-        ws="websockets-sansio",
+        ws=_Protocol,
         ws_max_size=wire.MAX_MESSAGE_BYTES,
         ws_per_message_deflate=False,  # JPEG does not shrink, and the loop would pay
         ws_ping_interval=20,
@@ -117,7 +127,7 @@ async def _announce(workers: Workers, console: Console, address: str, server: Se
         said: dict[str, str] = {}
         changed = asyncio.Event()
         workers.on_change = changed.set
-        while not workers.is_ready:
+        while not workers.is_ready and not workers.failure:
             await changed.wait()
             changed.clear()
             for name, model in workers.models.items():
