@@ -23,7 +23,7 @@ const PROMPTS = [
   ["Green hills", "green hills and a house on a sunny day"],
   ["Starry peaks", "snowy mountains, starry night, a lake"],
 ];
-const DEFAULTS = { mode: "draw", prompt: PROMPTS[0][1], strength: 70, steps: 4, seed: 7, locked: true, color: "#3f86d6", size: 38 };
+const DEFAULTS = { mode: "draw", prompt: PROMPTS[0][1], strength: 50, steps: 4, seed: 7, locked: true, color: "#3f86d6", size: 38 };
 const DEFAULT_SIDE = 256; // of the embedded model, until the server says otherwise
 const SEEDS = 2 ** 32; // how many the server knows
 const RETRYABLE = ["overloaded", "rate_limited", "engine_lost", "unavailable", "model_loading", "out_of_memory"];

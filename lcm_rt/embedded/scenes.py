@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 import string
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -308,7 +309,7 @@ def draw(
     lake = (at["water"] == LAKE).float()[:, None, None, None]
     desert = (at["land"] == DESERT).float()[:, None, None, None]
     light = _c(LIGHT[time])
-    if flat:
+    if sketch is not None:
         X, Y, light = _wobble(X, Y, light, sketch, b)
     place = place_body(drawn, z) if body is None else body
     sx, sy, radius = (_c(place[:, i, None]) for i in range(3))
@@ -405,7 +406,7 @@ def draw(
     canvas = over(canvas, far_green, below(bank - trees) * has["forest"])
 
     # Middle land, lit on the slopes facing left; dunes strongly so.
-    def ground(canvas: Tensor, line: Tensor, colour: Tensor, mask: Tensor) -> Tensor:
+    def ground(canvas: Tensor, line: Tensor, colour: Tensor, mask: Tensor | float) -> Tensor:
         if not flat:
             slope = F.avg_pool2d(_slope(line), (1, 33), 1, (0, 16))
             lit = _shear(_step(slope, -0.3, 0.3), X + (Y - line))
@@ -488,7 +489,7 @@ def _house(
     night: Tensor,
     flat: bool,
     there: Tensor,
-    over,
+    over: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """A house whose foot is at the origin; returns its mask and the canvas."""
 

@@ -37,6 +37,7 @@ STAGES = ("autoencoder", "text", "render", "unet", "decoder", "export")
 TOKENS = 77
 CONTEXT = 128  # width of the text encoder
 CHANNELS = (32, 64, 128)
+TEACHER = 0.75  # too many walks on blurred predictions of unknown layouts teach blur
 SHARD = 512
 WIDTH = 16  # of the autoencoder: the only one that decodes 256 pixels in under 20 ms on two cores
 
@@ -86,7 +87,7 @@ def agree(model: nn.Module) -> None:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads]) / WORLD
         dist.all_reduce(flat)
-        for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        for g, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
             g.copy_(part.view_as(g))
 
 
@@ -138,12 +139,12 @@ def begin_as_thumbnail(model: AutoencoderTiny, pictures: Tensor) -> None:
             kernel = dot
             if 0 < i < len(convs) - 1:
                 kernel = box if part is model.encoder else tent
-            wiring = torch.eye(3)
+            wiring, bias = torch.eye(3), torch.zeros(3)
             if i == (len(convs) - 1 if part is model.encoder else 0):
                 wiring = whiten if part is model.encoder else colour
-                conv.bias[:3] = -whiten @ mean if part is model.encoder else mean
-            elif conv.bias is not None:
-                conv.bias[:3] = 0
+                bias = -whiten @ mean if part is model.encoder else mean
+            if conv.bias is not None:
+                conv.bias[:3] = bias
             conv.weight[:3] = 0
             conv.weight[:3, :3] = wiring[:, :, None, None] * kernel[:, None] * kernel
 
@@ -191,7 +192,7 @@ def train_autoencoder(plan: Plan) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate(step, plan.autoencoder_steps, 2e-3)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         agree(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -207,7 +208,7 @@ def train_autoencoder(plan: Plan) -> None:
         if step % 250 == 249:
             save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, part)
     with torch.no_grad():
-        sample = torch.cat([model.encoder(from_bytes(p).to(plan.device)) for p in pictures[:512].split(32)])
+        sample = torch.cat([model.encoder(from_bytes(p).to(plan.device)) for p in torch.split(pictures[:512], 32)])
         mean, std = sample.mean((0, 2, 3)), sample.std((0, 2, 3))
         logger.info("latent mean %s std %s", mean.tolist(), std.tolist())
     save(model.state_dict(), path)
@@ -253,7 +254,8 @@ def bytes_to_unicode() -> dict[int, str]:
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Token ids (B, 77) int64, padded as the pipelines pad."""
     options = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
-    return tokenizer(captions, **options).input_ids
+    ids: Tensor = tokenizer(captions, **options).input_ids
+    return ids
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -302,7 +304,7 @@ def train_text(plan: Plan) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate(step, plan.text_steps, 2e-3)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0 or step + 1 == plan.text_steps:
@@ -376,7 +378,7 @@ def keep(
 ) -> Iterator[tuple[str, Tensor]]:
     image = picture.image.to(plan.device, torch.bfloat16, memory_format=torch.channels_last)
     with torch.no_grad():
-        latent = torch.cat([autoencoder.encoder(part) for part in image.split(4)])
+        latent = torch.cat([autoencoder.encoder(part) for part in torch.split(image, 4)])
     yield prefix + "latent", latent.contiguous().half().cpu()
     if prefix != "sketch_":
         yield prefix + "focus", to_bytes(picture.focus)
@@ -513,7 +515,13 @@ def orthogonal(g: Tensor) -> Tensor:
     for _ in range(4):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x if wide else x.T) * (0.2 * math.sqrt(max(g.shape)))
+    scale: float = 0.2 * math.sqrt(max(g.shape))
+    result: Tensor = (x if wide else x.T) * scale
+    return result
+
+
+LATE = 0.88
+"""The part of the course after which more sketches are shown."""
 
 
 class Course:
@@ -529,13 +537,22 @@ class Course:
         self.book, self.alphas = book, alphas
         self.generator = torch.Generator().manual_seed(seed)
         self.rng = random.Random(seed)
-        self.coupled = batch * 5 // 16
-        self.chain = batch * 5 // 16
-        self.free = batch // 4
+        self.coupled = batch * 7 // 16
+        self.chain = batch * 4 // 16
+        self.free = batch * 3 // 16
         self.sketch = batch - self.coupled - self.chain - self.free
+        self.late = batch * 3 // 16
         self.walks: list[list[int]] = [[] for _ in range(self.chain)]
         self.pages: dict[str, Tensor] = {}
         self.state = torch.empty(0)
+
+    def draw_more(self) -> None:
+        """From here on, more sketches and fewer scenes from pure noise.
+
+        The first noise names a layout. Without this it goes on doing so in image-to-image at strengths above a half,
+        where it must not: a sun that was drawn on the left would rise on the right.
+        """
+        self.coupled, self.sketch, self.late = self.coupled - self.late, self.sketch + self.late, 0
 
     def _randn(self, n: int) -> Tensor:
         return torch.randn(n, 4, scenes.LATENT, scenes.LATENT, generator=self.generator)
@@ -550,7 +567,7 @@ class Course:
 
     def next(self, teacher: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One batch; ``teacher`` is the chance that a chain row walks on the true scene, not a prediction."""
-        parts = []
+        parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
         # Coupled: mostly pure noise, as the sampler starts; some with a picture's faint trace, as
         # image-to-image of full strength starts.
         page = self._pick(self.coupled)
@@ -578,7 +595,7 @@ class Course:
             t[i] = 999 if i in fresh else walk.pop(0)
         noise = self._randn(self.chain)
         start = scenes.couple(noise, self.pages["z"].float())
-        known = torch.where((true)[:, None, None, None], self.pages["latent"], self.state)
+        known = torch.where(true[:, None, None, None], self.pages["latent"], self.state)
         x = torch.where(first[:, None, None, None], start, self.noised(known, t, noise))
         parts.append((x, t, {k: v.clone() for k, v in self.pages.items()}))
         # Free and sketch.
@@ -592,7 +609,7 @@ class Course:
         t = torch.randint(9, 48, (self.sketch,), generator=self.generator) * 20 - 1
         sketch = self.book.pages["sketch_latent"][index].float()
         parts.append((self.noised(sketch, t, self._randn(self.sketch)), t, page))
-        x, t = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        x, t = torch.cat([x for x, _, _ in parts]), torch.cat([t for _, t, _ in parts])
         names = ("said", "latent", "focus")
         said, latent, focus = (torch.cat([part[2][name] for part in parts]) for name in names)
         return x, t, said, latent, focus
@@ -636,7 +653,9 @@ def train_unet(plan: Plan) -> None:
     for step in track(range(first, plan.steps), "unet"):
         if step % 50 == 0:
             book.grow()
-        x, t, said, latent, focus = course.next(teacher=max(0.3, 1 - step / (0.25 * plan.steps)))
+        if step >= LATE * plan.steps:
+            course.draw_more()
+        x, t, said, latent, focus = course.next(TEACHER)
         captions = [scenes.caption(row, rng) for row in said.tolist()]
         for i in range(course.coupled + course.chain, len(captions)):
             if rng.random() < 0.1:
@@ -653,7 +672,7 @@ def train_unet(plan: Plan) -> None:
         # At low noise the v-loss would count the picture's error many times over; its top is cut.
         loss = (each * (5 * (1 - a.flatten())).clamp(max=1)).mean()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         agree(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -747,7 +766,7 @@ def train_decoder(plan: Plan) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate(step, plan.decoder_steps, 1e-3)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         agree(model.decoder)
         nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
         optimizer.step()
