@@ -102,7 +102,7 @@ def main() -> None:
                 getattr(draw, kind)(where, fill=colour)
             sketch.save(folder / "sketch.png")
             painted = generate(
-                folder / "painted.png", prompt, seed, "-i", str(folder / "sketch.png"), "--strength", "0.6"
+                folder / "painted.png", prompt, seed, "-i", str(folder / "sketch.png"), "--strength", "0.5"
             )
             cells += [("sketch", sketch), (f"= {prompt}", painted)]
         for (prompt, box), before in zip(INPAINTINGS, (pictures[9], pictures[4]), strict=True):
