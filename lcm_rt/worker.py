@@ -268,9 +268,10 @@ def serve(end: socket.socket, create_engine: Callable[..., Engine]) -> None:
 
 def main() -> None:
     """Serve on the socket whose file descriptor is the only argument."""
-    # Read when torch is imported. Threads of OpenMP that spin while they wait for each other take the cores from the
-    # front, from the pools, and on a busy machine from each other: pictures then take seconds in place of milliseconds.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Read when torch is imported. Threads of OpenMP spin while they wait for each other. For long, they take the cores
+    # from the front, from the pools and from each other, and a step takes seconds on a busy machine; not at all, and it
+    # takes half as long again on a quiet one. docs/architecture.md has the figures.
+    os.environ.setdefault("GOMP_SPINCOUNT", "300")
     from lcm_rt.engine.engine import Engine
 
     serve(socket.socket(fileno=int(sys.argv[1])), Engine)
