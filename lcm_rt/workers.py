@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_RESTART_S = 0.1
 LAST_RESTART_S = 10.0
-HEALTHY_S = 60.0
-"""An engine that lived this long starts again with the shortest pause."""
 PING_S = 5.0
 STOP_S = 5.0
 
@@ -97,7 +95,7 @@ class Workers:
         self.command: tuple[str, ...] = (sys.executable, "-m", "lcm_rt.worker")
         self._channel: AsyncChannel | None = None
         self._ready = asyncio.Event()
-        self._was_ready = False
+        self._readied = 0  # how often an engine process has become ready
         self._pending: dict[int, Generation] = {}
         self._keys = itertools.count(1)
         self._turns = 0
@@ -147,7 +145,7 @@ class Workers:
         """Keep the engine process alive until cancelled; then end it."""
         pause = FIRST_RESTART_S
         while True:
-            begun_at = time.monotonic()
+            begun_at, readied = time.monotonic(), self._readied
             status: int | None = None
             try:
                 status = await self._live_once()
@@ -156,7 +154,7 @@ class Workers:
             if self.failure:
                 return
             lived = time.monotonic() - begun_at
-            if lived > HEALTHY_S:
+            if self._readied > readied:  # it could be loaded; only one that cannot is tried ever more slowly
                 pause = FIRST_RESTART_S
             logger.error("the engine process ended with status %s after %.1f s; again in %.1f s", status, lived, pause)
             self._metrics.restarts.inc()
@@ -263,10 +261,10 @@ class Workers:
                 model.state, model.stage, model.progress = "ready", "ready", 1.0
                 model.load_seconds = message["seconds"]
             case "ready":
-                self._was_ready = True
+                self._readied += 1
                 self._ready.set()
                 self._metrics.ready.set(1)
-            case "broken" if self._was_ready:
+            case "broken" if self._readied:
                 # It worked before: perhaps the memory of the process that died is not free yet. Its exit restarts it.
                 logger.error("the engine could not come back: %s", from_wire(message["error"]))
             case "broken":

@@ -106,10 +106,7 @@ async def test_errors_keep_their_type(tmp_path: Path) -> None:
 
 
 @run
-async def test_twenty_kills_cost_twenty_retryable_errors_and_no_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "LAST_RESTART_S", 0.01)
+async def test_twenty_kills_cost_twenty_retryable_errors_and_no_memory(tmp_path: Path) -> None:
     hold = Hold(tmp_path)
     async with working(tmp_path) as it:
         await it.wait_ready()
