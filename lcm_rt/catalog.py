@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lcm_rt.embedded import MODEL_DIR
 from lcm_rt.errors import NotFound
-
-EMBEDDED_DIR = Path(__file__).parent / "embedded" / "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class ModelSpec:
 
 
 CATALOG: dict[str, ModelSpec] = {
-    spec.name: spec for spec in (ModelSpec(name="embedded", path=EMBEDDED_DIR, licence="Apache-2.0", size=256),)
+    spec.name: spec for spec in (ModelSpec(name="embedded", path=MODEL_DIR, licence="Apache-2.0", size=256),)
 }
 
 

@@ -32,7 +32,6 @@ class Message(Generic[Reply]):
 
     number: int
     frame: bytes | str
-    received_at: float
     begun: bool = False
     answered: bool = False
     retried: bool = False
@@ -55,14 +54,14 @@ class Session(Generic[Reply]):
         self._open: deque[Message[Reply]] = deque()  # taken and not wholly delivered, in order
         self._unsent = 0
 
-    def receive(self, frame: bytes | str, now: float) -> list[Message[Reply]]:
+    def receive(self, frame: bytes | str) -> list[Message[Reply]]:
         """Put a frame into the mailbox.
 
         Returns: messages already taken that must make room: cancel them with the engine unless they have begun there,
             and ``answer`` them with no reply once that is sure.
         """
         self.received += 1
-        self._mailbox.append(Message(self.received, frame, now))
+        self._mailbox.append(Message(self.received, frame))
         ahead = [m for m in self._open if not (m.begun or m.answered or m.dropped)]
         if not any(m.begun and not m.answered for m in self._open):
             # The one on its way to the engine goes on, or a client that is faster than the decoder would see nothing.

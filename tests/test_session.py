@@ -16,7 +16,7 @@ def take_all(session: Session[str]) -> list[Message[str]]:
 def test_the_newest_message_wins() -> None:
     session: Session[str] = Session()
     for frame in "abc":
-        session.receive(frame, 0.0)
+        session.receive(frame)
     message = session.take()
     assert message and message.frame == "c"
     assert session.take() is None
@@ -25,15 +25,15 @@ def test_the_newest_message_wins() -> None:
 
 def test_one_is_stepped_and_one_waits_decoded() -> None:
     session: Session[str] = Session()
-    session.receive("a", 0.0)
+    session.receive("a")
     a = session.take()
     assert a
     session.begun(a)
-    session.receive("b", 1.0)
+    session.receive("b")
     b = session.take()
     assert b
     # c replaces b, which the engine holds but has not begun; a goes on.
-    assert session.receive("c", 2.0) == [b]
+    assert session.receive("c") == [b]
     assert session.take() is None, "the window is full until the engine has let go of b"
     assert session.answer(b) == []
     c = session.take()
@@ -46,12 +46,12 @@ def test_one_is_stepped_and_one_waits_decoded() -> None:
 def test_a_message_that_begins_while_it_is_being_replaced_is_answered() -> None:
     session: Session[str] = Session()
     for frame in "ab":
-        session.receive(frame, 0.0)
+        session.receive(frame)
         message = session.take()
         assert message
         if frame == "a":
             session.begun(message)
-    assert session.receive("c", 0.0) == [message]
+    assert session.receive("c") == [message]
     session.begun(message)  # the engine was faster
     assert session.answer(message, "B") == []
     assert session.superseded == 0
@@ -59,10 +59,10 @@ def test_a_message_that_begins_while_it_is_being_replaced_is_answered() -> None:
 
 def test_a_client_faster_than_the_decoder_sees_pictures() -> None:
     session: Session[str] = Session()
-    session.receive("a", 0.0)
+    session.receive("a")
     (a,) = take_all(session)
     for number in range(100):
-        assert a not in session.receive(str(number), 0.0), "nothing has begun yet: the one on its way goes on"
+        assert a not in session.receive(str(number)), "nothing has begun yet: the one on its way goes on"
     session.begun(a)
     assert session.answer(a, "A") == ["A"]
 
@@ -70,7 +70,7 @@ def test_a_client_faster_than_the_decoder_sees_pictures() -> None:
 def test_waiting_messages_are_bounded_in_bytes_too() -> None:
     session: Session[str] = Session(max_buffering=60)
     for _ in range(30):
-        session.receive(b"x" * 10_000_000, 0.0)
+        session.receive(b"x" * 10_000_000)
     assert session.waiting == 6
     assert session.superseded == 24
 
@@ -78,7 +78,7 @@ def test_waiting_messages_are_bounded_in_bytes_too() -> None:
 def test_buffering_keeps_that_many() -> None:
     session: Session[str] = Session(max_buffering=3)
     for frame in "abcde":
-        session.receive(frame, 0.0)
+        session.receive(frame)
     taken = []
     while message := session.take():
         taken.append(message.frame)
@@ -91,7 +91,7 @@ def test_buffering_keeps_that_many() -> None:
 def test_a_client_that_does_not_read_gets_no_more_work() -> None:
     session: Session[str] = Session(max_buffering=60)
     for number in range(10):
-        session.receive(str(number), 0.0)
+        session.receive(str(number))
     for message in take_all(session):
         session.begun(message)
         session.answer(message, "reply")
@@ -102,8 +102,8 @@ def test_a_client_that_does_not_read_gets_no_more_work() -> None:
 
 def test_the_newest_message_is_retried_once() -> None:
     session: Session[str] = Session()
-    session.receive("a", 0.0)
-    session.receive("b", 0.0)
+    session.receive("a")
+    session.receive("b")
     (b,) = take_all(session)
     session.begun(b)
     assert session.retry(b)
@@ -114,10 +114,10 @@ def test_the_newest_message_is_retried_once() -> None:
 
 def test_a_lost_message_is_not_retried_when_a_newer_one_waits() -> None:
     session: Session[str] = Session()
-    session.receive("a", 0.0)
+    session.receive("a")
     (a,) = take_all(session)
     session.begun(a)
-    session.receive("b", 0.0)
+    session.receive("b")
     assert not session.retry(a)
 
 
@@ -135,7 +135,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule()
     def receive(self) -> None:
         self.sent_frames += 1
-        for message in self.session.receive(str(self.sent_frames), 0.0):
+        for message in self.session.receive(str(self.sent_frames)):
             assert message in self.open and not message.begun
 
     @rule()
@@ -205,7 +205,7 @@ TestSessionMachine = SessionMachine.TestCase
 def test_a_burst_leaves_the_newest_messages(frames: list[bytes], size: int) -> None:
     session: Session[str] = Session(size)
     for frame in frames:
-        session.receive(frame, 0.0)
+        session.receive(frame)
     taken = []
     while message := session.take():
         session.begun(message)

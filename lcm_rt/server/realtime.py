@@ -156,7 +156,7 @@ class _Connection:
 
     def _receive(self, frame: Frame) -> None:
         self._service.metrics.messages.inc()
-        for message in self._session.receive(frame, time.perf_counter()):
+        for message in self._session.receive(frame):
             if ongoing := self._ongoing.get(message):
                 ongoing.supersede()
         self._count()
