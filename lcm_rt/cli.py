@@ -1,17 +1,19 @@
-"""The command line: ``serve``, ``generate``, ``models``. Imports what a command needs only when it runs."""
+"""The command line: ``serve``, ``generate``, ``pull``, ``models``. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 import lcm_rt
 
 if TYPE_CHECKING:
+    from lcm_rt import hub
+    from lcm_rt.catalog import ModelSpec
     from lcm_rt.types import GenerateInput, GenerateOutput
 
 app = typer.Typer(
@@ -25,10 +27,18 @@ app = typer.Typer(
 Models = Annotated[
     list[str] | None,
     typer.Option(
-        "--model", metavar="NAME", help="A model to serve, or NAME=FOLDER. May be repeated; first is default."
+        "--model", metavar="NAME", help="A model to serve, or NAME=REPO_OR_PATH. May be repeated; first is default."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.  [default: auto]")]
+VaeChoice = Annotated[
+    Literal["tiny", "full"] | None,
+    typer.Option("--vae", help="Which VAE, where there are two: tiny is fast, full draws finer.  [default: tiny]"),
+]
+Safety = Annotated[bool | None, typer.Option("--safety/--no-safety", help="With the safety checkers.")]
+Controlnet = Annotated[
+    bool | None, typer.Option("--controlnet/--no-controlnet", help="With the inpainting ControlNets.")
+]
 Compile = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="Compile the networks: slower start, faster pictures.")
 ]
@@ -62,6 +72,12 @@ def serve(
     model: Models = None,
     device: Device = None,
     compile: Compile = None,
+    vae: VaeChoice = None,
+    safety: Safety = None,
+    controlnet: Controlnet = None,
+    memory_mb: Annotated[
+        int | None, typer.Option(help="What all models may take; the ones longest unused make room.")
+    ] = None,
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Listen beyond this machine, though there are no keys yet.")
     ] = None,
@@ -74,6 +90,10 @@ def serve(
         models=model,
         device=device,
         compile=compile,
+        vae=vae,
+        safety=safety,
+        controlnet=controlnet,
+        memory_mb=memory_mb,
         insecure=insecure,
     )
     if not settings.is_loopback and not settings.insecure:
@@ -93,15 +113,25 @@ def generate(
     output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .jpg or .webp file.")] = Path("out.png"),
     image: Annotated[Path | None, typer.Option("-i", "--image", exists=True, help="A picture to start from.")] = None,
     mask: Annotated[Path | None, typer.Option("-m", "--mask", exists=True, help="White is painted anew.")] = None,
+    mask_only: Annotated[
+        bool, typer.Option("--mask-only", help="Leave every pixel outside the mask as it is.")
+    ] = False,
+    controlnet_inpaint: Annotated[
+        bool, typer.Option("--controlnet-inpaint", help="Let a ControlNet see what surrounds the mask.")
+    ] = False,
+    lora: Annotated[str | None, typer.Option(metavar="FILE_OR_URL", help="A LoRA.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="How much of the LoRA.")] = 1.0,
     strength: Annotated[float, typer.Option(help="0 keeps the picture, 1 ignores it.")] = 0.8,
     seed: Annotated[int | None, typer.Option(help="Same seed, same picture.  [default: random]")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 4,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.  [default: the model's, mostly 4]")] = None,
     guidance: Annotated[float, typer.Option(help="Above 1, push harder towards the prompt.")] = 1.0,
     negative: Annotated[str, typer.Option(help="What to push away from; needs guidance above 1.")] = "",
     size: Annotated[str | None, typer.Option(metavar="WxH", help="[default: the picture's, or the model's]")] = None,
     model: Models = None,
     device: Device = None,
     compile: Compile = None,
+    vae: VaeChoice = None,
+    safety: Safety = None,
 ) -> None:
     """Make one picture and write it to a file."""
     from lcm_rt import wire
@@ -115,6 +145,10 @@ def generate(
         "negative_prompt": negative,
         "image_bytes": image and image.read_bytes(),
         "mask_bytes": mask and mask.read_bytes(),
+        "inpaint_mask_only": mask_only,
+        "controlnet_inpaint": controlnet_inpaint,
+        "lora_url": lora and _as_url(lora),
+        "lora_scale": lora_scale,
         "strength": strength,
         "seed": seed,
         "num_inference_steps": steps,
@@ -127,7 +161,8 @@ def generate(
         fields["image_size"] = {"width": width, "height": height}
     try:
         wanted = wire.parse_input(fields)
-        done = asyncio.run(_generate(wanted, _settings(models=model, device=device, compile=compile)))
+        settings = _settings(models=model, device=device, compile=compile, vae=vae, safety=safety)
+        done = asyncio.run(_generate(wanted, settings))
     except LcmError as error:
         fail(str(error))
     result = done.results[0]
@@ -135,7 +170,15 @@ def generate(
     typer.echo(
         f"{output}: {result.width}x{result.height}, {result.model}, seed {result.seed}, "
         f"{result.num_inference_steps} steps, {result.timings['total'] * 1e3:.0f} ms"
+        + (", flagged by the safety checker and black" if result.flagged else "")
     )
+
+
+def _as_url(lora: str) -> str:
+    import base64
+
+    path = Path(lora)
+    return f"data:;base64,{base64.b64encode(path.read_bytes()).decode()}" if path.is_file() else lora
 
 
 async def _generate(wanted: GenerateInput, settings: Any) -> GenerateOutput:
@@ -152,19 +195,107 @@ async def _generate(wanted: GenerateInput, settings: Any) -> GenerateOutput:
 
 
 @app.command()
-def models() -> None:
-    """List the models that can be served by name."""
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model of `lcm-rt models`, or NAME=REPO_OR_PATH.")],
+    vae: VaeChoice = None,
+    safety: Safety = None,
+    controlnet: Controlnet = None,
+) -> None:
+    """Download a model, or the rest of it: an interrupted download goes on where it ended."""
+    from lcm_rt import catalog, hub
+    from lcm_rt.errors import LcmError
+
+    settings = _settings(vae=vae, safety=safety, controlnet=controlnet)  # those that `serve` will read
+    choice = catalog.Choice(vae=settings.vae, safety=settings.safety, controlnet=settings.controlnet)
+    try:
+        plan = hub.plan(catalog.resolve(name), choice)
+        for repo, licence in plan.licences.items():
+            files = [file for file in plan.files if file.repo == repo]
+            to_fetch = sum(file.size for file in files if not file.present)
+            said = f"{_size(to_fetch)} of {_size(sum(file.size for file in files))} to download" if to_fetch else "here"
+            typer.echo(f"{repo}: {said}, licence: {licence}")
+        parts = _fetch(plan) if plan.missing else plan.parts
+    except LcmError as error:
+        fail(str(error))
+    typer.echo(f"{name} is all there: {parts.base}" if plan.missing else f"{name} was all there: {parts.base}")
+
+
+def _fetch(plan: hub.Plan) -> hub.Parts:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+    from lcm_rt import hub
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns) as progress:
+        tasks: dict[hub.File, TaskID] = {}
+
+        def show(file: hub.File, done: int) -> None:
+            if file not in tasks:
+                tasks[file] = progress.add_task(f"{file.repo}:{file.name}", total=file.size)
+            progress.update(tasks[file], completed=done)
+
+        return hub.fetch(plan, show)
+
+
+def _size(count: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(count)
+
+
+@app.command()
+def models(
+    url: Annotated[str, typer.Option(help="A running server, to ask which are loaded.")] = "http://127.0.0.1:8000",
+) -> None:
+    """List the models that have a name: what they are, what of them is on this machine, which are loaded."""
     from rich.console import Console
     from rich.table import Table
 
     from lcm_rt.catalog import CATALOG
 
-    table = Table("name", "picture", "licence", "where")
+    states = _ask_states(url)
+    table = Table("name", "picture", "steps", "licence", "on disk", "loaded", "where")
     for spec in CATALOG.values():
-        where = str(spec.path) if (spec.path / "model_index.json").is_file() else "not there"
-        table.add_row(spec.name, f"{spec.size}x{spec.size}", spec.licence, where)
+        here, where = _look(spec)
+        state = "no server" if states is None else states.pop(spec.name, "no")
+        table.add_row(spec.name, f"{spec.size}x{spec.size}", str(spec.steps), spec.licence, here, state, where)
+    for name, state in (states or {}).items():  # served under a name of the operator's own
+        table.add_row(name, "", "", "", "", state, "")
     Console().print(table)
-    typer.echo("Any folder in diffusers format can be served too: lcm-rt serve --model NAME=FOLDER")
+    typer.echo(
+        "Other models are served by lcm-rt serve --model NAME=REPO_OR_PATH: a repository of the hub, a folder in"
+    )
+    typer.echo(
+        "diffusers format or a .safetensors checkpoint. Licences are of the weights; lcm-rt pull names them all."
+    )
+
+
+def _look(spec: ModelSpec) -> tuple[str, str]:
+    """What of ``spec`` is on this machine, and where it lies; asks no network."""
+    from lcm_rt import hub
+    from lcm_rt.catalog import Choice
+    from lcm_rt.errors import LcmError
+
+    try:
+        plan = hub.plan(spec, Choice(), online=False)
+    except LcmError:
+        here = hub.bytes_here(spec)
+        return (f"partly, {_size(here)}" if here else "no"), ""
+    size = sum(file.size for file in plan.files)
+    return (f"yes, {_size(size)}" if size else "yes"), str(plan.parts.base)
+
+
+def _ask_states(url: str) -> dict[str, str] | None:
+    """What the server at ``url`` says of its models, or None if none answers there."""
+    import json
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(f"{url.rstrip('/')}/models", timeout=1) as answer:
+            told = json.load(answer)["models"]
+        return {str(model["name"]): str(model["state"]) for model in told}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 @app.command()

@@ -2,7 +2,8 @@
 
     LcmError
     ├── InputError          the client's words are wrong (422)
-    │   └── ImageError      ... and it is a picture that cannot be used
+    │   ├── ImageError      ... and it is a picture that cannot be used
+    │   └── DownloadError   ... and it is a URL whose bytes cannot be had
     ├── NotFound            no such app, model, job or file (404)
     ├── RequestTimeout      the client took too long to say what it wants (408)
     ├── Overloaded          more work than the server takes on (429)
@@ -66,6 +67,15 @@ class ImageError(InputError):
     """A picture that cannot be decoded, or does not fit its mask."""
 
     code = "image_load_error"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message, kind=self.code)
+
+
+class DownloadError(InputError):
+    """A URL that is not fetched, or whose host does not give what it should."""
+
+    code = "file_download_error"
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(field, message, kind=self.code)
@@ -138,7 +148,7 @@ def to_wire(error: LcmError) -> dict[str, Any]:
 def from_wire(data: dict[str, Any]) -> LcmError:
     """The error that ``to_wire`` described; an unknown code is an internal error."""
     kind = _leaves(LcmError).get(data["code"], LcmError)
-    if issubclass(kind, ImageError):
+    if issubclass(kind, ImageError | DownloadError):
         return kind(data["field"], data["message"])
     if issubclass(kind, InputError):
         return kind(data["field"], data["message"], data["kind"])

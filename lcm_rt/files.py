@@ -1,4 +1,4 @@
-"""Bytes by URL: data URIs, and pictures this server answered, kept in a folder for a bounded time; knows no HTTP.
+"""Bytes by URL: data URIs, pictures this server answered, kept in a folder for a bounded time, and those of others.
 
 Blocking calls run in threads: a slow disk delays the request that asked, nobody else.
 """
@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lcm_rt.errors import ImageError, InputError, NotFound
+from lcm_rt.egress import MAX_URL, Egress
+from lcm_rt.errors import DownloadError, ImageError, InputError, NotFound
 from lcm_rt.metrics import Metrics
 from lcm_rt.wire import read_data_uri
 
@@ -22,9 +23,22 @@ logger = logging.getLogger(__name__)
 SUFFIXES = {"image/jpeg": ".jpg", "image/png": ".png", "image/webp": ".webp"}
 CONTENT_TYPES = {suffix: content_type for content_type, suffix in SUFFIXES.items()}
 SWEEP_S = 30.0
+MAX_FETCH_BYTES = 12 * 2**20
+FETCH_S = 10.0
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{22}\.(?:jpg|png|webp)")
 _PATH = re.compile(r"/files/([^/?#]+)")
+_HTTP = re.compile(r"https?:", re.IGNORECASE)
+_GONE = "there is no such file here, or it has expired"
+
+
+def _name_in(url: str) -> str:
+    """The name in a URL that may be of ours, or nothing."""
+    try:
+        match = _PATH.fullmatch(urlsplit(url).path) if len(url) <= MAX_URL else None
+    except ValueError:
+        match = None
+    return match[1] if match else ""
 
 
 class Files:
@@ -33,13 +47,17 @@ class Files:
     Args:
         folder: made when missing; files there that are not ours are left alone.
         ttl_s: how long a file is kept. limit_bytes: how much all may take; the oldest go first.
+        egress: how other hosts' files are fetched; by default from public hosts only.
     """
 
-    def __init__(self, folder: Path, *, ttl_s: float, limit_bytes: int, metrics: Metrics) -> None:
+    def __init__(
+        self, folder: Path, *, ttl_s: float, limit_bytes: int, metrics: Metrics, egress: Egress | None = None
+    ) -> None:
         self._folder = folder
         self._ttl_s = ttl_s
         self._limit_bytes = limit_bytes
         self._metrics = metrics
+        self._egress = egress or Egress()
 
     async def put(self, data: bytes, content_type: str) -> str:
         """Keep ``data``; returns its name, to be served under ``/files/``."""
@@ -66,11 +84,25 @@ class Files:
         except OSError:
             return False
 
+    async def path_of(self, url: str) -> Path | None:
+        """The file of ours that ``url`` means, or None: gone, or not ours.
+
+        Only its path is looked at, as a server does not know under which names it is reached: the names of our files
+        cannot be guessed, so that one is known here says that it is ours.
+        """
+        try:
+            return await self.find(_name_in(url))
+        except NotFound:
+            return None
+
     async def read(self, field: str, url: str) -> bytes:
-        """The bytes that a client's URL means.
+        """The bytes that a client's URL means: a data URI, a file of ours, or an http or https URL of another host.
+
+        Other hosts may take ``FETCH_S`` seconds and ``MAX_FETCH_BYTES`` bytes.
 
         Raises:
             ImageError: a malformed data URI, or a file of ours that is gone; names ``field``.
+            DownloadError: another host's that cannot be fetched.
             InputError: some other address.
         """
         if url[:5].lower() == "data:":
@@ -79,17 +111,23 @@ class Files:
                 parts.append(part)
                 await asyncio.sleep(0)
             return b"".join(parts)
-        try:
-            match = _PATH.fullmatch(urlsplit(url).path)
-        except ValueError:
-            match = None
-        if not match:
-            raise InputError(field, "only data: URIs and pictures of this server's /files/ can be read", "url_scheme")
-        try:
-            path = await self.find(match[1])
-            return await asyncio.to_thread(path.read_bytes)
-        except (NotFound, OSError):
-            raise ImageError(field, "there is no such file here, or it has expired") from None
+        if path := await self.path_of(url):
+            try:
+                return await asyncio.to_thread(path.read_bytes)
+            except OSError:
+                raise ImageError(field, _GONE) from None
+        name = _name_in(url)
+        if _HTTP.match(url):
+            try:
+                return await self._egress.fetch(field, url, limit_bytes=MAX_FETCH_BYTES, timeout_s=FETCH_S)
+            except DownloadError:
+                if not _NAME.fullmatch(name):
+                    raise
+        elif not name:
+            raise InputError(
+                field, "must be an http:, https: or data: URL, or one of this server's /files/", "url_scheme"
+            )
+        raise ImageError(field, _GONE)
 
     async def run(self) -> None:
         """Remove expired files until cancelled."""

@@ -4,6 +4,10 @@ What becomes of an input picture, in this order: its EXIF orientation is applied
 scaled to cover the size asked for (or, without one, scaled down until no side exceeds ``MAX_SIDE``), and its middle is
 cut out: at the size asked for, or at the largest multiples of 8. A mask belongs to the picture's own pixels and takes
 the same road.
+
+With ``inpaint_mask_only`` the mask's surroundings are then enlarged to the whole canvas, and an ``Overlay`` brings what
+is painted there back into the picture. Region, enlargement and way back are those of the diffusers pipelines with
+``padding_mask_crop``.
 """
 
 from __future__ import annotations
@@ -21,19 +25,50 @@ from lcm_rt.types import MAX_SIDE, Format, GenerateRequest
 
 MAX_FILE_BYTES = 32 * 2**20
 MAX_PIXELS = 4096 * 4096
+MAX_LENGTH = 2**16 - 1  # px, as in JPEG and GIF; Pillow's table of a million rows outweighs their pixels
 MIN_SIDE = 64
 GRID = 8  # px; one latent of the VAEs served here
+PADDING = 32  # px around the mask that ``inpaint_mask_only`` paints from
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other decoders are seldom used and seldom looked at.
 
 
 @dataclass(frozen=True, slots=True)
+class Overlay:
+    """The way back of an enlarged region into its picture.
+
+    ``picture`` is (H, W, 3) uint8. ``region`` is (left, top, right, bottom) in its pixels, and ``mask`` (bottom - top,
+    right - left) uint8 says how much of what is painted shows there: 0 nothing, 255 all.
+    """
+
+    picture: npt.NDArray[np.uint8]
+    mask: npt.NDArray[np.uint8]
+    region: tuple[int, int, int, int]
+
+    def paste(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """A copy of the picture with ``pixels`` (H, W, 3), the painted region in large, laid over it.
+
+        Where the mask is 0, and outside of the region, it is the picture's pixels exactly.
+        """
+        left, top, right, bottom = self.region
+        painted = _place(Image.fromarray(pixels), (right - left, bottom - top), cover=True)
+        result = self.picture.copy()
+        window = result[top:bottom, left:right]
+        window[:] = np.asarray(Image.composite(painted, Image.fromarray(window), Image.fromarray(self.mask)))
+        return result
+
+
+@dataclass(frozen=True, slots=True)
 class Canvas:
-    """What to paint on: a size, perhaps a picture (H, W, 3), perhaps a mask (H, W) that is True where to paint."""
+    """What to paint on: a size, perhaps a picture (H, W, 3), perhaps a mask (H, W) that is True where to paint.
+
+    With an overlay, picture and mask are only a region of the input, enlarged, and the overlay pastes the result back.
+    """
 
     width: int
     height: int
     image: npt.NDArray[np.uint8] | None = None
     mask: npt.NDArray[np.bool_] | None = None
+    overlay: Overlay | None = None
 
 
 def read_canvas(request: GenerateRequest, default_side: int) -> Canvas:
@@ -41,8 +76,10 @@ def read_canvas(request: GenerateRequest, default_side: int) -> Canvas:
 
     Raises:
         ImageError: a file is too large, broken, of an unknown format, or does not fit the other.
-        InputError: there is a mask, but no picture.
+        InputError: there is a mask, but no picture, or only the mask is to be painted, but there is none.
     """
+    if request.inpaint_mask_only and request.mask is None:
+        raise InputError("inpaint_mask_only", "needs a mask")
     if request.image is None:
         if request.mask is not None:
             raise InputError("mask", "a mask needs an image")
@@ -58,9 +95,15 @@ def read_canvas(request: GenerateRequest, default_side: int) -> Canvas:
     scaled, size = _plan(image.size, request.size)
     if min(size) < MIN_SIDE:
         raise ImageError("image", f"{_times(image.size)} pixels is too small: no side of the result may be under 64")
-    pixels = np.array(_fit(image, scaled, size))
-    filled = None if mask is None else np.array(_fit(mask, scaled, size)) >= 128
-    return Canvas(*size, pixels, filled)
+    image = _fit(image, scaled, size)
+    if mask is None:
+        return Canvas(*size, np.array(image))
+    mask, overlay = _fit(mask, scaled, size), None
+    if request.inpaint_mask_only:
+        region = _region(mask)
+        overlay = Overlay(np.array(image), np.array(mask.crop(region)), region)
+        image, mask = _place(image.crop(region), size), _place(mask.crop(region), size)
+    return Canvas(*size, np.array(image), np.array(mask) >= 128, overlay)
 
 
 def encode_picture(pixels: npt.NDArray[np.uint8], format: Format, quality: int) -> tuple[bytes, str]:
@@ -81,12 +124,14 @@ def _open(field: str, data: bytes) -> Image.Image:
         raise ImageError(field, f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            if picture.width * picture.height <= MAX_PIXELS:
+            if picture.width * picture.height <= MAX_PIXELS and max(picture.size) <= MAX_LENGTH:
                 return ImageOps.exif_transpose(picture)
             size = picture.size
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file.
         raise ImageError(field, "is not a PNG, JPEG, WebP or GIF file that can be decoded") from error
-    raise ImageError(field, f"is {_times(size)} pixels; at most {MAX_PIXELS / 1e6:.1f} million are taken")
+    raise ImageError(
+        field, f"is {_times(size)} pixels; at most {MAX_PIXELS / 1e6:.1f} million, {MAX_LENGTH} a side, are taken"
+    )
 
 
 def _on(picture: Image.Image, ground: str) -> Image.Image:
@@ -119,6 +164,55 @@ def _fit(picture: Image.Image, scaled: tuple[int, int], size: tuple[int, int]) -
     # Only the middle is scaled: all of a picture of 1x4096, made 1024 wide, would be four million high.
     x, y = picture.width / scaled[0], picture.height / scaled[1]
     return picture.resize(size, Image.Resampling.LANCZOS, (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
+
+
+def _region(mask: Image.Image) -> tuple[int, int, int, int]:
+    """The part of a picture around all that is not black in ``mask``, padded, in the picture's proportions.
+
+    Proportions hold to within a pixel. With nothing to paint it is the whole picture.
+    """
+    width, height = mask.size
+    left, top, right, bottom = mask.getbbox() or (0, 0, width, height)
+    left, top = max(0, left - PADDING), max(0, top - PADDING)
+    right, bottom = min(width, right + PADDING), min(height, bottom + PADDING)
+    # Divided in floating point, as diffusers does: its error decides whether some regions get their last pixel.
+    ratio = width / height
+    if (right - left) / (bottom - top) > ratio:
+        top, bottom = _widen(top, bottom, int((right - left) / ratio), height)
+    else:
+        left, right = _widen(left, right, int((bottom - top) * ratio), width)
+    return left, top, right, bottom
+
+
+def _widen(low: int, high: int, length: int, limit: int) -> tuple[int, int]:
+    """Widen low..high on both sides to ``length``, if it is shorter, without leaving 0..limit."""
+    length = max(length, high - low)
+    low = max(0, min(low - (length - (high - low)) // 2, limit - length))
+    return low, low + length
+
+
+def _place(part: Image.Image, size: tuple[int, int], *, cover: bool = False) -> Image.Image:
+    """``part`` in the middle of ``size``, scaled in proportion until it fits, or until it covers all.
+
+    What then stands out is cut off; a gap, which is due to rounding alone, is filled with the edge beside it.
+    """
+    width, height = size
+    if (part.width * height > part.height * width) != cover:
+        w, h = width, part.height * width // part.width
+    else:
+        w, h = part.width * height // part.height, height
+    scaled = part.resize((w, h), Image.Resampling.LANCZOS)
+    x, y = width // 2 - w // 2, height // 2 - h // 2
+    placed = Image.new(part.mode, size)
+    placed.paste(scaled, (x, y))
+    # A box without extent is an edge drawn out.
+    if x > 0:
+        placed.paste(scaled.resize((x, h), Image.Resampling.BICUBIC, (0, 0, 0, h)), (0, 0))
+        placed.paste(scaled.resize((x, h), Image.Resampling.BICUBIC, (w, 0, w, h)), (x + w, 0))
+    if y > 0:
+        placed.paste(scaled.resize((w, y), Image.Resampling.BICUBIC, (0, 0, w, 0)), (0, 0))
+        placed.paste(scaled.resize((w, y), Image.Resampling.BICUBIC, (0, h, w, h)), (0, y + h))
+    return placed
 
 
 def _times(size: tuple[int, int]) -> str:

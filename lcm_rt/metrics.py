@@ -33,6 +33,8 @@ class Metrics:
         self.pending = Gauge("lcm_rt_pending", "Requests at the engine", registry=r)
         self.restarts = Counter("lcm_rt_engine_restarts", "Engine processes started again", registry=r)
         self.ready = Gauge("lcm_rt_ready", "1 while an engine can answer", registry=r)
+        self.model_bytes = Gauge("lcm_rt_model_bytes", "Bytes that the weights of the loaded models take", registry=r)
+        self.flagged = Counter("lcm_rt_flagged", "Pictures that the safety checker blacked out", registry=r)
         self.file_bytes = Gauge("lcm_rt_file_bytes", "Bytes of answered pictures on disk", registry=r)
 
     def value(self, name: str, **labels: str) -> float:

@@ -147,6 +147,11 @@ class Scheduler(Generic[T, R]):
         return running and self._running.pop(key, None) is not None
 
     @property
+    def running(self) -> list[R]:
+        """The rows under way."""
+        return list(self._running.values())
+
+    @property
     def idle(self) -> bool:
         """Nothing to begin and nothing to step."""
         return not self._waiting and not self._running

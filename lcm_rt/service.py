@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from lcm_rt.errors import ImageError, InputError, LcmError, NotFound
 from lcm_rt.files import Files
+from lcm_rt.loras import Loras
 from lcm_rt.metrics import Metrics
 from lcm_rt.types import (
     MAX_SEED,
@@ -15,6 +16,7 @@ from lcm_rt.types import (
     GenerateOutput,
     GenerateRequest,
     GenerateResult,
+    Preview,
     Priority,
 )
 from lcm_rt.workers import Generation, Workers
@@ -22,20 +24,19 @@ from lcm_rt.workers import Generation, Workers
 PLATFORM_MODELS = frozenset({"sdv1-5", "sdxl"})
 """The hosted app's own model names: where one is not served, the default answers, and the output says so."""
 
-PLATFORM_APPS = frozenset(
-    {
-        "fast-lcm-diffusion",
-        "fast-turbo-diffusion",
-        "lcm",
-        "lcm-plexed-sd15-i2i",
-        "lcm-sd15-i2i",
-        "sd-turbo-real-time-high-fps-msgpack",
-        "sd-turbo-real-time-high-fps-msgpack-a10g",
-        "sdxl-turbo-realtime",
-        "shared-lcm-test",
-    }
-)
-"""Aliases of the hosted apps whose messages this server understands, whoever owns them."""
+PLATFORM_APPS = {
+    "fast-lcm-diffusion": "sdxl",
+    "fast-turbo-diffusion": "sdxl-turbo",
+    "lcm": "sdv1-5",
+    "lcm-plexed-sd15-i2i": "sdv1-5",
+    "lcm-sd15-i2i": "sdv1-5",
+    "sd-turbo-real-time-high-fps-msgpack": "sd-turbo",
+    "sd-turbo-real-time-high-fps-msgpack-a10g": "sd-turbo",
+    "sdxl-turbo-realtime": "sdxl-turbo",
+    "shared-lcm-test": "sdv1-5",
+}
+"""Aliases of the hosted apps whose messages this server understands, whoever owns them, and the model that each uses
+when it is served here; otherwise the server's default model answers."""
 
 
 class Ongoing:
@@ -79,10 +80,12 @@ def _as_spelt(field: str, wanted: GenerateInput) -> str:
 class Service:
     """Resolves what a client wants into requests, and hands them to the engine."""
 
-    def __init__(self, workers: Workers, files: Files, metrics: Metrics) -> None:
+    def __init__(self, workers: Workers, files: Files, loras: Loras, metrics: Metrics, *, max_side: int) -> None:
         self.workers = workers
         self.files = files
+        self.loras = loras
         self.metrics = metrics
+        self._max_side = max_side
         self.default_model = next(iter(workers.models))
 
     def model_of_app(self, app: str) -> str:
@@ -100,10 +103,12 @@ class Service:
         if alias in self.workers.models:
             return alias
         if alias in PLATFORM_APPS or not alias:
-            return self.default_model
+            usual = PLATFORM_APPS.get(alias)
+            return usual if usual in self.workers.models else self.default_model
         raise NotFound(f"no app is called {app!r} here; use fal-ai/lcm or {', '.join(self.workers.models)}")
 
-    def _model(self, wanted: GenerateInput, app_model: str) -> str:
+    def model_of(self, wanted: GenerateInput, app_model: str) -> str:
+        """The served model that answers ``wanted``, sent to an app that uses ``app_model``. Raises: InputError."""
         served = self.workers.models
         if wanted.model is not None:
             if wanted.model in served:
@@ -127,18 +132,26 @@ class Service:
         priority: Priority,
         session: str | None = None,
         on_begun: Callable[[], None] | None = None,
+        on_preview: Callable[[Preview], None] | None = None,
     ) -> Ongoing:
         """Resolve ``wanted`` and submit it; its pictures have the seeds seed, seed+1, ...
 
         Raises: LcmError.
         """
-        model = self._model(wanted, app_model)
+        model = self.model_of(wanted, app_model)
+        size = self._size(wanted)
         inline = wanted.image if wanted.image_bytes is None else wanted.image_bytes
         image = await self._picture("image", inline, wanted.image_url)
         mask = await self._picture("mask", wanted.mask_bytes, wanted.mask_url)
         if mask is not None and image is None:
             raise InputError("image_url", "a mask needs the picture that it masks", "missing")
-        size = (wanted.image_size.width, wanted.image_size.height) if wanted.image_size else None
+        for field in ("inpaint_mask_only", "controlnet_inpaint"):
+            if getattr(wanted, field) and mask is None:
+                raise InputError(field, "needs a mask", "missing")
+        lora = None if wanted.lora_url is None else str(await self.loras.find("lora_url", wanted.lora_url))
+        steps = wanted.num_inference_steps
+        if "num_inference_steps" not in wanted.model_fields_set:
+            steps = self.workers.models[model].steps
         seed = wanted.seed if wanted.seed is not None else secrets.randbelow(MAX_SEED + 1 - wanted.num_images)
         request = GenerateRequest(
             model=model,
@@ -147,10 +160,16 @@ class Service:
             seed=seed,
             image=image,
             mask=mask,
+            inpaint_mask_only=wanted.inpaint_mask_only,
+            controlnet_inpaint=wanted.controlnet_inpaint,
             strength=wanted.strength,
             guidance_scale=wanted.guidance_scale,
-            num_inference_steps=wanted.num_inference_steps,
+            num_inference_steps=steps,
             size=size,
+            lora=lora,
+            lora_scale=wanted.lora_scale,
+            safety=wanted.enable_safety_checks,
+            previews=wanted.previews and on_preview is not None,
             format=wanted.format,
             quality=wanted.quality,
             priority=priority,
@@ -161,17 +180,27 @@ class Service:
                 part = dataclasses.replace(
                     request, seed=seed + number, session=None if session is None else f"{session}.{number}"
                 )
-                parts.append(self.workers.submit(part, on_begun))
+                parts.append(self.workers.submit(part, on_begun, on_preview))
         except LcmError:
             Ongoing(parts, wanted).cancel()
             raise
         return Ongoing(parts, wanted)
+
+    def _size(self, wanted: GenerateInput) -> tuple[int, int] | None:
+        if wanted.image_size is None:
+            return None
+        size = {"width": wanted.image_size.width, "height": wanted.image_size.height}
+        for name, side in size.items():
+            if side > self._max_side:
+                raise InputError(f"image_size.{name}", f"is over {self._max_side}, the most here", "less_than_equal")
+        return size["width"], size["height"]
 
     def count(self, output: GenerateOutput, priority: Priority) -> None:
         """Put a finished generation into the metrics."""
         for result in output.results:
             self.metrics.pictures.labels(result.model, priority).inc()
             self.metrics.batch.observe(result.batch)
+            self.metrics.flagged.inc(result.flagged)
             for stage, seconds in result.timings.items():
                 self.metrics.seconds.labels(stage).observe(seconds)
 

@@ -2,7 +2,7 @@
 
 Call order, for the shell around it: ``receive`` each frame; cancel with the engine whatever it returns that was taken;
 ``take`` messages while it gives some and run them; tell it ``begun``; ``answer`` each taken message exactly once (or
-``retry`` it); send the replies that ``answer`` returns, in that order, and tell it ``sent`` for each.
+``retry`` it, or ``put_back``); send the replies that ``answer`` returns, in that order, and tell it ``sent`` for each.
 
 The rules it keeps:
 
@@ -90,20 +90,30 @@ class Session(Generic[Reply]):
         """The engine has started on ``message``: from here on it is not replaced by a newer one."""
         message.begun = True
 
-    def retry(self, message: Message[Reply], *, blame: bool = True) -> bool:
+    def retry(self, message: Message[Reply]) -> bool:
         """Put a taken message that was lost back into the mailbox, once, unless a newer one waits there.
 
-        So the last message that a client sent is rendered even when the engine process dies under it. Without
-        ``blame`` this does not count as its one retry: the engine was not there at all.
+        So the last message that a client sent is rendered even when the engine process dies under it.
 
         Returns: whether it was put back; if not, ``answer`` it.
         """
         if message.retried or message.dropped or self._mailbox or self._open[-1] is not message:
             return False
         self._open.remove(message)
-        message.retried, message.begun = blame, False
+        message.retried, message.begun = True, False
         self._mailbox.append(message)
         return True
+
+    def put_back(self, message: Message[Reply]) -> None:
+        """A taken message could not begin, for no fault of its own: it waits again, at its old place."""
+        self._open.remove(message)
+        if message.dropped:
+            self.superseded += 1
+            return
+        self._mailbox = deque(sorted([*self._mailbox, message], key=lambda m: m.number))
+        while len(self._mailbox) > self.max_buffering:
+            self._mailbox.popleft()
+            self.superseded += 1
 
     def answer(self, message: Message[Reply], *replies: Reply) -> list[Reply]:
         """Settle a taken message; without replies it counts as superseded.
@@ -121,6 +131,10 @@ class Session(Generic[Reply]):
             ready += self._open.popleft().replies
         self._unsent += len(ready)
         return ready
+
+    def leads(self, message: Message[Reply]) -> bool:
+        """No earlier message is unanswered: what is known of this one already may be shown."""
+        return bool(self._open) and self._open[0] is message
 
     def sent(self) -> None:
         """One of the replies has left."""

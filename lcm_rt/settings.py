@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import (
@@ -20,6 +20,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from lcm_rt.types import LARGEST_SIDE
 
 
 def _default_data_dir() -> Path:
@@ -43,6 +45,15 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     compile: bool = Field(False, description="torch.compile the networks: slower start, faster pictures.")
     threads: int | None = Field(None, ge=1, description="Threads of a CPU's arithmetic; by default torch's choice.")
+    vae: Literal["tiny", "full"] | None = Field(
+        None, description="tiny decodes in a fraction of the time, full draws finer; by default tiny where known."
+    )
+    safety: bool = Field(True, description="Use the models' safety checkers, where they have one.")
+    controlnet: bool = Field(True, description="Load the models' inpainting ControlNets, where they have one.")
+    memory_mb: int | None = Field(
+        None, ge=1, description="What the weights of all models may take; the ones longest unused make room."
+    )
+    max_side: int = Field(1024, ge=64, le=LARGEST_SIDE, description="Largest side of a picture that may be asked for.")
     max_rows: int = Field(8, ge=1, le=64, description="Pictures that are denoised at a time; also the largest batch.")
     max_sessions: int = Field(256, ge=1, description="Realtime connections at a time.")
     max_pending: int = Field(256, ge=1, description="Requests at the engine at a time, before 429.")
@@ -51,6 +62,18 @@ class Settings(BaseSettings):
     hang_timeout_s: float = Field(120, gt=0, description="An engine whose step takes longer than this is restarted.")
     file_ttl_s: float = Field(3600, gt=0, description="How long an answered picture is kept for its URL.")
     file_limit_mb: int = Field(1024, ge=1, description="Most that answered pictures may take on disk; oldest go first.")
+
+    fetch_private: bool = Field(
+        False, description="Allow pictures and LoRAs to be fetched from private addresses and other ports."
+    )
+    lora_hub: bool = Field(True, description="Allow LoRAs of the Hugging Face hub, as hf:OWNER/NAME/FILE.")
+    hub_url: str = Field(
+        default_factory=lambda: os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
+        description="Where hf: LoRAs lie; by default what HF_ENDPOINT says.",
+    )
+    lora_limit_mb: int = Field(
+        4096, ge=1, description="Most that fetched LoRAs may take on disk; unused ones go first."
+    )
 
     @field_validator("data_dir")
     @classmethod

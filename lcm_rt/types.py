@@ -11,10 +11,11 @@ import binascii
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator takes 32 bits: 2**32 would be seed 0 again.
-MAX_SIDE = 1024  # px; larger input pictures are scaled down to it, larger outputs refused.
+MAX_SIDE = 1024  # px; larger input pictures are scaled down to it.
+LARGEST_SIDE = 4096  # px; no server may be set to paint larger pictures.
 MAX_IMAGES = 8
 MAX_STEPS = 50  # the length of the schedule that LCMs are distilled on
 
@@ -31,11 +32,11 @@ SIZES = {
 }
 """Named values of ``image_size``: (width, height) in pixels."""
 
-Side = Annotated[int, Field(ge=64, le=MAX_SIDE, multiple_of=8)]
+Side = Annotated[int, Field(ge=64, le=LARGEST_SIDE, multiple_of=8)]
 
 
 class ImageSize(BaseModel):
-    """A size in pixels; both sides are multiples of 8."""
+    """A size in pixels; both sides are multiples of 8, and none is over the server's ``max_side``."""
 
     width: Side
     height: Side
@@ -90,15 +91,27 @@ class GenerateInput(BaseModel):
     image_url: str | None = None
     image_bytes: File | None = None
     image: File | None = Field(None, description="The older name of `image_bytes`.")
-    mask_url: str | None = None
+    mask_url: str | None = Field(None, description="White is painted anew, black is kept; of the image's size.")
     mask_bytes: File | None = None
+    inpaint_mask_only: bool = Field(
+        False, description="Paint the mask's surroundings at full size, and paste them: the rest is untouched."
+    )
+    controlnet_inpaint: bool = Field(False, description="Let a ControlNet see what surrounds the mask.")
     strength: float = Field(0.8, gt=0, le=1)
     seed: int | None = Field(None, ge=0, le=2**53 - MAX_IMAGES)
     guidance_scale: float = Field(1.0, ge=0, le=20)
     num_inference_steps: int = Field(4, ge=1, le=MAX_STEPS)
     image_size: Annotated[ImageSize, BeforeValidator(_size_by_name)] | None = None
     num_images: int = Field(1, ge=1, le=MAX_IMAGES)
-    sync_mode: bool = False
+    lora_url: str | None = Field(None, description="https:, data: or /files/ address of a LoRA, or hf:OWNER/NAME/FILE.")
+    lora_scale: float = Field(1.0, ge=-10, le=10)
+    enable_safety_checks: bool = Field(
+        True,
+        validation_alias=AliasChoices("enable_safety_checks", "enable_safety_checker"),
+        description="A picture that the model's safety checker flags is black.",
+    )
+    sync_mode: bool = Field(False, description="Pictures come as data URIs.")
+    previews: bool = Field(False, description="Realtime: a frame after each step that is not the last.")
     format: Format = "jpeg"
     quality: int = Field(80, ge=1, le=100)
     request_id: Annotated[Any, AfterValidator(_request_id)] = Field(None, description="Text or a number, echoed.")
@@ -110,7 +123,7 @@ class GenerateInput(BaseModel):
             return data
         # A JavaScript ArrayBuffer arrives as an empty map when its msgpack encoder does not know the type.
         given = {key: value for key, value in data.items() if value is not None and value != {}}
-        return {key: value for key, value in given.items() if value != "" or not key.endswith("_url")}
+        return {key: value for key, value in given.items() if value != "" or not str(key).endswith("_url")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +131,8 @@ class GenerateRequest:
     """One picture to make, with nothing left to guess; this crosses to the engine process.
 
     ``image`` and ``mask`` are the bytes of picture files. ``size`` is (width, height), or None for the input picture's
-    own size (text-to-image: the model's). ``session`` is shared by the messages of one realtime connection, of which
-    only one at a time is stepped.
+    own size (text-to-image: the model's). ``lora`` is the path of a file whose name is its content's hash. ``session``
+    is shared by the messages of one realtime connection, of which only one at a time is stepped.
     """
 
     model: str
@@ -128,10 +141,16 @@ class GenerateRequest:
     negative_prompt: str = ""
     image: bytes | None = None
     mask: bytes | None = None
+    inpaint_mask_only: bool = False
+    controlnet_inpaint: bool = False
     strength: float = 0.8
     guidance_scale: float = 1.0
     num_inference_steps: int = 4
     size: tuple[int, int] | None = None
+    lora: str | None = None
+    lora_scale: float = 1.0
+    safety: bool = True
+    previews: bool = False
     format: Format = "jpeg"
     quality: int = 80
     priority: Priority = "run"
@@ -142,7 +161,8 @@ class GenerateRequest:
 class GenerateResult:
     """One finished picture, as the bytes of a file.
 
-    ``timings`` are seconds per stage; ``batch`` is the largest number of rows that a forward of it had.
+    ``timings`` are seconds per stage; ``batch`` is the largest number of rows that a forward of it had. ``flagged``:
+    the safety checker took it for unsafe, and it is black.
     """
 
     image: bytes
@@ -154,6 +174,20 @@ class GenerateResult:
     num_inference_steps: int
     timings: dict[str, float] = field(default_factory=dict)
     batch: int = 1
+    flagged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a picture would be if its last step had been the end: ``step`` of ``num_inference_steps``."""
+
+    image: bytes
+    content_type: str
+    width: int
+    height: int
+    seed: int
+    step: int
+    num_inference_steps: int
 
 
 @dataclass(frozen=True, slots=True)

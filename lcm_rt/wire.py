@@ -17,7 +17,7 @@ import orjson
 from pydantic import ValidationError
 
 from lcm_rt.errors import ImageError, InputError, LcmError
-from lcm_rt.types import GenerateInput, GenerateOutput, GenerateResult, is_request_id
+from lcm_rt.types import GenerateInput, GenerateOutput, GenerateResult, Preview, is_request_id
 
 MAX_MESSAGE_BYTES = 32 * 2**20
 
@@ -117,8 +117,8 @@ def read_data_uri(field: str, uri: str) -> Iterator[bytes]:
         raise ImageError(field, "this data URI is not valid base64") from None
 
 
-def data_uri(result: GenerateResult) -> str:
-    return f"data:{result.content_type};base64,{base64.b64encode(result.image).decode()}"
+def data_uri(picture: GenerateResult | Preview) -> str:
+    return f"data:{picture.content_type};base64,{base64.b64encode(picture.image).decode()}"
 
 
 def output_fields(output: GenerateOutput) -> dict[str, Any]:
@@ -128,6 +128,7 @@ def output_fields(output: GenerateOutput) -> dict[str, Any]:
         "timings": {name: round(seconds, 5) for name, seconds in first.timings.items()},
         "seed": first.seed,
         "num_inference_steps": first.num_inference_steps,
+        "nsfw_content_detected": [result.flagged for result in output.results],
         "prompt": output.prompt,
         "model": first.model,
     }
@@ -136,31 +137,58 @@ def output_fields(output: GenerateOutput) -> dict[str, Any]:
     return fields
 
 
-def image_entry(result: GenerateResult, url: str) -> dict[str, Any]:
+def image_entry(picture: GenerateResult | Preview, url: str) -> dict[str, Any]:
     """One of ``images``, by reference."""
-    return {"url": url, "width": result.width, "height": result.height, "content_type": result.content_type}
+    return {"url": url, **_about(picture)}
+
+
+def _content_entry(picture: GenerateResult | Preview) -> dict[str, Any]:
+    return {"content": picture.image, **_about(picture)}
+
+
+def _about(picture: GenerateResult | Preview) -> dict[str, Any]:
+    return {"width": picture.width, "height": picture.height, "content_type": picture.content_type}
+
+
+def _wants_uri(wanted: GenerateInput) -> bool:
+    """Applications that send their own picture as a URL put ``images[0].url`` into an ``<img>``."""
+    return wanted.sync_mode or wanted.image_url is not None
+
+
+def _pack(data: dict[str, Any], frame: bytes | str) -> bytes | str:
+    return orjson.dumps(data).decode() if isinstance(frame, str) else bytes(msgpack.packb(data))
 
 
 def encode_output(output: GenerateOutput, wanted: GenerateInput, frame: bytes | str) -> bytes | str:
     """The answer to ``wanted``, which came as ``frame``, in that frame's codec.
 
     JSON text carries data URIs. Msgpack carries bytes, unless the client asked for ``sync_mode`` or sent its own
-    picture as a URL: such applications put ``images[0].url`` into an ``<img>``.
+    picture as a URL.
     """
-    if isinstance(frame, str):
-        images = [image_entry(result, data_uri(result)) for result in output.results]
-        return orjson.dumps({"images": images, **output_fields(output)}).decode()
-    if wanted.sync_mode or wanted.image_url is not None:
-        images = [image_entry(result, data_uri(result)) for result in output.results]
-        return bytes(msgpack.packb({"images": images, **output_fields(output)}))
-    images = [
-        {"content": r.image, "width": r.width, "height": r.height, "content_type": r.content_type}
-        for r in output.results
-    ]
-    fields = {"images": images, **output_fields(output)}
+    fields = output_fields(output)
+    if isinstance(frame, str) or _wants_uri(wanted):
+        return _pack({"images": [image_entry(r, data_uri(r)) for r in output.results], **fields}, frame)
     if wanted.image is not None:
         fields["image"] = output.results[0].image  # the first camera demos read it here
-    return bytes(msgpack.packb(fields))
+    return _pack({"images": [_content_entry(r) for r in output.results], **fields}, frame)
+
+
+def encode_preview(preview: Preview, wanted: GenerateInput, frame: bytes | str) -> bytes | str:
+    """A picture on its way to the answer to ``wanted``, in the form that the answer will have.
+
+    It says ``preview: true``, how many steps it has behind it, and its seed.
+    """
+    fields: dict[str, Any] = {
+        "preview": True,
+        "step": preview.step,
+        "num_inference_steps": preview.num_inference_steps,
+        "seed": preview.seed,
+    }
+    if wanted.request_id is not None:
+        fields["request_id"] = wanted.request_id
+    inline = isinstance(frame, str) or _wants_uri(wanted)
+    image = image_entry(preview, data_uri(preview)) if inline else _content_entry(preview)
+    return _pack({"images": [image], **fields}, frame)
 
 
 def encode_error(error: LcmError, request_id: Any = None) -> str:

@@ -1,4 +1,4 @@
-"""The engine process: one loop over decoded requests, with pools for decoding and encoding beside it.
+"""The engine process: one loop over decoded requests, with pools for decoding, encoding and loading beside it.
 
 Knows the engine's verbs and the scheduler's, but no HTTP, no client and no session. Started by ``workers`` as
 ``python -m lcm_rt.worker FD``, where FD is its end of a socket pair; it lives as long as the other end is open.
@@ -15,23 +15,34 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
-from lcm_rt.catalog import ModelSpec
+from lcm_rt.catalog import Choice, ModelSpec
 from lcm_rt.channel import Channel, Message
-from lcm_rt.errors import Cancelled, GenerationFailed, LcmError, OutOfMemory, Superseded, Unavailable, to_wire
+from lcm_rt.errors import (
+    Cancelled,
+    GenerationFailed,
+    LcmError,
+    ModelLoading,
+    OutOfMemory,
+    Superseded,
+    Unavailable,
+    to_wire,
+)
 from lcm_rt.images import Canvas, encode_picture, read_canvas
 from lcm_rt.scheduler import Scheduler
 from lcm_rt.types import GenerateRequest
 
 if TYPE_CHECKING:
-    from lcm_rt.engine.engine import Engine
+    from lcm_rt.engine.adapters import Adapter
+    from lcm_rt.engine.engine import Engine, Picture
     from lcm_rt.engine.trajectory import Trajectory
+    from lcm_rt.hub import Parts
 
 logger = logging.getLogger(__name__)
 
@@ -56,33 +67,52 @@ class Ticket:
     key: int
     request: GenerateRequest
     canvas: Canvas
+    adapter: Adapter | None
     received_at: float
     timings: dict[str, float] = field(default_factory=dict)
     batch: int = 0
+    shown: Future[None] | None = None  # its last preview, which leaves before its result
 
 
 @dataclass(slots=True)
 class Undecoded:
-    """A request whose pictures could not be read."""
+    """A request whose pictures or LoRA could not be read."""
 
     key: int
     error: Exception
 
 
-class Worker:
-    """The loop. Only its own thread touches the engine and the scheduler; pools hand results to the inbox."""
+@dataclass(slots=True)
+class Room:
+    """The loader needs ``size`` bytes of the device's memory, and waits until ``made``."""
 
-    def __init__(self, engine: Engine, channel: Channel, sides: dict[str, int], max_rows: int) -> None:
+    size: int
+    made: threading.Event = field(default_factory=threading.Event)
+
+
+def _whole(ticket: Ticket, picture: Picture) -> npt.NDArray[np.uint8]:
+    """The picture as the client gets it: with what it pasted into, unless it was flagged."""
+    overlay = ticket.canvas.overlay
+    return picture.pixels if overlay is None or picture.flagged else overlay.paste(picture.pixels)
+
+
+class Worker:
+    """The loop. Only its own thread steps the engine and touches the scheduler; pools hand results to the inbox."""
+
+    def __init__(self, engine: Engine, channel: Channel, specs: list[ModelSpec], max_rows: int) -> None:
         self.turns = 0
         self._engine = engine
         self._channel = channel
-        self._sides = sides
+        self._specs = {spec.name: spec for spec in specs}
         self._scheduler: Scheduler[Ticket, Trajectory] = Scheduler(max_rows)
-        self._inbox: queue.SimpleQueue[Message | Ticket | Undecoded] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Message | Ticket | Undecoded | Room] = queue.SimpleQueue()
         self._decoding: set[int] = set()
         self._tickets: dict[int, Ticket] = {}
+        self._rooms: list[Room] = []
+        self._leaving: set[str] = set()  # models that begin nothing any more
         self._decoders = ThreadPoolExecutor(2, "decode")
         self._encoders = ThreadPoolExecutor(2, "encode")
+        self._loader = ThreadPoolExecutor(1, "load")
 
     def post(self, message: Message) -> None:
         """Hand a message of the front to the loop, from any thread."""
@@ -94,12 +124,18 @@ class Worker:
         while True:
             self._drain()
             self.turns += 1
+            self._make_room()
             for ticket in scheduler.admit():
                 if row := self._begin(ticket):
                     scheduler.start(row)
             batch = scheduler.schedule()
-            if batch and (done := scheduler.retire(self._step(batch))):
+            if not batch:
+                continue
+            stepped = self._step(batch)
+            if done := scheduler.retire(stepped):
                 self._deliver(done, engine.finish(done))
+            if shown := [row for row in stepped if row.request.previews and not row.done]:
+                self._show(shown, engine.preview(shown))
 
     def _drain(self) -> None:
         """Take in what has come; wait for it only when there is nothing to step."""
@@ -118,11 +154,17 @@ class Worker:
                     self._scheduler.add(message)
                 else:
                     self._fail(message.key, message.error)
+            elif isinstance(message, Room):
+                self._rooms.append(message)
             elif message["op"] == "submit":
                 self._decoding.add(message["key"])
                 self._decoders.submit(self._decode, message["key"], message["request"], time.perf_counter())
             elif message["op"] == "drop":
                 self._drop(message["key"], running=message["running"])
+            elif message["op"] == "load":
+                self._loader.submit(self._load, self._specs[message["model"]])
+            elif message["op"] == "unload":
+                self._leave(message["model"])
 
     def _decode(self, key: int, fields: dict[str, Any], received_at: float) -> None:
         if key not in self._decoding:
@@ -131,8 +173,10 @@ class Worker:
             size = fields.pop("size")
             request = GenerateRequest(**fields, size=tuple(size) if size else None)
             begun_at = time.perf_counter()
-            canvas = read_canvas(request, self._sides[request.model])
-            ticket = Ticket(key, request, canvas, received_at, {"decode": time.perf_counter() - begun_at})
+            side, _ = self._engine.defaults(request.model)
+            canvas = read_canvas(request, side)
+            adapter = self._engine.adapter(request)
+            ticket = Ticket(key, request, canvas, adapter, received_at, {"decode": time.perf_counter() - begun_at})
         except Exception as error:  # noqa: BLE001  a hostile picture must not end the loop
             self._inbox.put(Undecoded(key, error))
         else:
@@ -149,7 +193,9 @@ class Worker:
         ticket.timings["queue"] = time.perf_counter() - ticket.received_at - ticket.timings["decode"]
         self._channel.send({"op": "begun", "key": ticket.key})
         try:
-            row = self._engine.begin(ticket.key, ticket.request, ticket.canvas)
+            if ticket.request.model in self._leaving:
+                raise ModelLoading(f"model {ticket.request.model!r} is being unloaded")
+            row = self._engine.begin(ticket.key, ticket.request, ticket.canvas, ticket.adapter)
         except Exception as error:  # noqa: BLE001  one request's failure is its own
             self._fail(ticket.key, error)
             return None
@@ -174,16 +220,19 @@ class Worker:
         # Out of the except block: a live exception would keep the failed batch's tensors in memory.
         return [row for alone in batch for row in self._step([alone])]
 
-    def _deliver(self, rows: list[Trajectory], pictures: list[np.ndarray[Any, Any] | LcmError]) -> None:
+    def _deliver(self, rows: list[Trajectory], pictures: list[Picture | LcmError]) -> None:
         for row, picture in zip(rows, pictures, strict=True):
             if isinstance(picture, LcmError):
                 self._fail(row.key, picture)
             else:
                 self._encoders.submit(self._encode, self._tickets.pop(row.key), row, picture)
 
-    def _encode(self, ticket: Ticket, row: Trajectory, pixels: np.ndarray[Any, Any]) -> None:
+    def _encode(self, ticket: Ticket, row: Trajectory, picture: Picture) -> None:
+        if ticket.shown:
+            ticket.shown.result()  # it came to the pool before this one, so it is done or being done
         request, begun_at = ticket.request, time.perf_counter()
         try:
+            pixels = _whole(ticket, picture)
             image, content_type = encode_picture(pixels, request.format, request.quality)
         except Exception as error:  # noqa: BLE001
             self._fail(row.key, error)
@@ -202,8 +251,117 @@ class Worker:
             "num_inference_steps": row.steps,
             "timings": timings,
             "batch": ticket.batch,
+            "flagged": picture.flagged,
         }
         self._channel.send({"op": "result", "key": row.key, "result": result})
+
+    def _show(self, rows: list[Trajectory], pictures: list[Picture | LcmError]) -> None:
+        for row, picture in zip(rows, pictures, strict=True):
+            if not isinstance(picture, LcmError):  # the steps to come may mend it, and its end will tell
+                ticket = self._tickets[row.key]
+                earlier, steps, step = ticket.shown, row.steps, row.index
+                ticket.shown = self._encoders.submit(self._encode_preview, ticket, earlier, steps, step, picture)
+
+    def _encode_preview(
+        self, ticket: Ticket, earlier: Future[None] | None, steps: int, step: int, picture: Picture
+    ) -> None:
+        if earlier:
+            earlier.result()
+        try:
+            pixels = _whole(ticket, picture)
+            image, content_type = encode_picture(pixels, ticket.request.format, ticket.request.quality)
+        except Exception:
+            logger.exception("a preview of request %d failed", ticket.key)
+            return
+        height, width = pixels.shape[:2]
+        preview = {
+            "image": image,
+            "content_type": content_type,
+            "width": width,
+            "height": height,
+            "seed": ticket.request.seed,
+            "step": step,
+            "num_inference_steps": steps,
+        }
+        self._channel.send({"op": "preview", "key": ticket.key, "preview": preview})
+
+    def load_all(self, names: list[str]) -> None:
+        """Load models in order, from another thread than the loop's; those that find no room are left out.
+
+        Raises: what the first one that cannot be loaded raises.
+        """
+        for name in names:
+            self._loader.submit(self._load_if_it_fits, self._specs[name]).result()
+
+    def _load_if_it_fits(self, spec: ModelSpec) -> None:
+        parts, size = self._engine.locate(spec, self._reporter(spec))
+        taken, limit = self._engine.memory
+        if taken and taken + size > limit:
+            logger.warning("there is no room for %s; it is loaded when it is asked for", spec.name)
+            self._send_unloaded(spec.name)
+        else:
+            self._load_parts(spec, parts)
+
+    def _load(self, spec: ModelSpec) -> None:
+        """Load one model that was asked for, once the ones longest unused have made room; in the loader's thread."""
+        try:
+            parts, size = self._engine.locate(spec, self._reporter(spec))
+            room = Room(size)
+            self._inbox.put(room)
+            room.made.wait()
+            self._load_parts(spec, parts)
+        except Exception as error:
+            if not isinstance(error, LcmError):
+                logger.exception("%s cannot be loaded", spec.name)
+                error = Unavailable(f"{spec.name} cannot be loaded; the server's log says why")
+            self._channel.send({"op": "failed", "model": spec.name, "error": to_wire(error)})
+
+    def _load_parts(self, spec: ModelSpec, parts: Parts) -> None:
+        begun_at = time.perf_counter()
+        self._engine.load(spec, parts, self._reporter(spec))
+        size, steps = self._engine.defaults(spec.name)
+        self._channel.send(
+            {
+                "op": "loaded",
+                "model": spec.name,
+                "seconds": time.perf_counter() - begun_at,
+                "size": size,
+                "steps": steps,
+                "memory": self._engine.memory[0],
+            }
+        )
+
+    def _reporter(self, spec: ModelSpec) -> Callable[[str, float], None]:
+        return lambda stage, progress: self._channel.send(
+            {"op": "stage", "model": spec.name, "stage": stage, "progress": progress}
+        )
+
+    def _leave(self, name: str) -> None:
+        """Begin nothing of a model any more; it goes when its rows under way are done."""
+        self._leaving.add(name)
+        self._channel.send({"op": "leaving", "model": name})
+
+    def _send_unloaded(self, name: str) -> None:
+        self._channel.send({"op": "unloaded", "model": name, "memory": self._engine.memory[0]})
+
+    def _make_room(self) -> None:
+        """Unload what is to go and has no row under way; tell the loader when there is room."""
+        if not self._rooms and not self._leaving:
+            return
+        in_use = {row.request.model for row in self._scheduler.running}
+        while True:
+            for name in self._leaving - in_use:
+                self._leaving.discard(name)
+                if name in self._engine.loaded:
+                    self._engine.unload(name)
+                self._send_unloaded(name)
+            if not self._rooms or self._leaving:
+                return
+            taken, limit = self._engine.memory
+            if taken and taken + self._rooms[0].size > limit:
+                self._leave(self._engine.loaded[0])
+            else:
+                self._rooms.pop(0).made.set()
 
     def _fail(self, key: int, error: Exception) -> None:
         self._tickets.pop(key, None)
@@ -228,41 +386,46 @@ def _listen(messages: Iterator[Message], channel: Channel, worker: Worker) -> No
     os._exit(0)
 
 
-def _load(engine: Engine, spec: ModelSpec, channel: Channel) -> None:
-    begun_at = time.perf_counter()
+def _load_first(worker: Worker, channel: Channel, names: list[str]) -> None:
+    """Load what is to be there from the start; an engine without it is of no use."""
+    try:
+        worker.load_all(names)
+    except Exception as error:  # noqa: BLE001
+        _give_up(channel, error)
+    else:
+        channel.send({"op": "ready"})
 
-    def report(stage: str, progress: float) -> None:
-        channel.send({"op": "stage", "model": spec.name, "stage": stage, "progress": progress})
 
-    engine.load(spec, report)
-    channel.send({"op": "loaded", "model": spec.name, "seconds": time.perf_counter() - begun_at})
+def _give_up(channel: Channel, error: Exception) -> NoReturn:
+    if not isinstance(error, LcmError):
+        logger.error("the engine cannot be loaded", exc_info=error)
+        error = Unavailable("the engine cannot be loaded; its log says why")
+    channel.send({"op": "broken", "error": to_wire(error)})
+    channel.close()
+    os._exit(1)
 
 
 def serve(end: socket.socket, create_engine: Callable[..., Engine]) -> None:
-    """Load the models that the first message names, then answer until the front is gone."""
+    """Load the models that the first message names, and answer meanwhile and then, until the front is gone."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM):
         # They reach the whole terminal or service group; the front decides when this process ends.
-        signal.signal(name, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
     channel = Channel(end)
     messages = channel.receive()
     start = next(messages)
     try:
-        specs = [ModelSpec(**fields | {"path": Path(fields["path"])}) for fields in start["models"]]
-        engine = create_engine(device=start["device"], compile=start["compile"], threads=start["threads"])
-        worker = Worker(engine, channel, {spec.name: spec.size for spec in specs}, start["max_rows"])
-        threading.Thread(target=_listen, args=(messages, channel, worker), name="listen", daemon=True).start()
-        channel.send({"op": "device", "name": engine.device_name})
-        for spec in specs:
-            _load(engine, spec, channel)
-    except Exception as error:
-        if not isinstance(error, LcmError):
-            logger.exception("the engine cannot be loaded")
-            error = Unavailable("the engine cannot be loaded; its log says why")
-        channel.send({"op": "broken", "error": to_wire(error)})
-        channel.close()
-        return
-    channel.send({"op": "ready"})
+        specs = [ModelSpec(**fields) for fields in start["models"]]
+        engine = create_engine(**start["engine"] | {"choice": Choice(**start["engine"]["choice"])})
+    except Exception as error:  # noqa: BLE001
+        _give_up(channel, error)
+    channel.send({"op": "device", "name": engine.device_name})
+    worker = Worker(engine, channel, specs, start["max_rows"])
+    for name, target, args in (
+        ("listen", _listen, (messages, channel, worker)),
+        ("load-first", _load_first, (worker, channel, list(start["load"]))),
+    ):
+        threading.Thread(target=target, args=args, name=name, daemon=True).start()
     worker.run()
 
 

@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lcm_rt import catalog
 from lcm_rt.channel import AsyncChannel, Message
 from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Unavailable, from_wire
 from lcm_rt.metrics import Metrics
-from lcm_rt.types import GenerateRequest, GenerateResult
+from lcm_rt.types import GenerateRequest, GenerateResult, Preview
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,20 @@ STOP_S = 5.0
 
 @dataclass(slots=True)
 class ModelState:
-    """How far a model is: ``state`` is loading, ready or failed; ``progress`` is 0 to 1 within ``stage``."""
+    """How far a model is; ``progress`` is 0 to 1 within ``stage``, ``failure`` says why it cannot be loaded."""
 
     spec: catalog.ModelSpec
-    state: str = "loading"
+    size: int  # px of a picture whose size nobody gave
+    steps: int  # when nobody gave a number
+    state: Literal["loading", "ready", "unloading", "unloaded", "failed"] = "loading"
     stage: str = "start"
     progress: float = 0.0
     load_seconds: float | None = None
+    failure: LcmError | None = None
+
+    def become(self, state: Literal["loading", "ready", "unloading", "unloaded", "failed"]) -> None:
+        self.state, self.stage, self.failure = state, "start" if state == "loading" else state, None
+        self.progress = 1.0 if state == "ready" else 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -46,6 +53,7 @@ class Generation:
     key: int
     result: asyncio.Future[GenerateResult]
     on_begun: Callable[[], None] | None
+    on_preview: Callable[[Preview], None] | None
     begun: bool
     _drop: Callable[[int, bool], None] = field(repr=False)
 
@@ -63,6 +71,9 @@ class Workers:
 
     Args:
         models: rows to load, in order; the first is the default.
+        choice: which companions of the models are wanted.
+        memory_mb: what the models may take of the device's memory, None for most of it.
+        hang_timeout_s: an engine that has work but makes no progress for so long is killed.
     """
 
     def __init__(
@@ -72,21 +83,28 @@ class Workers:
         device: str,
         compile: bool,
         threads: int | None,
+        choice: catalog.Choice,
+        memory_mb: int | None,
         max_rows: int,
         max_pending: int,
         hang_timeout_s: float,
         metrics: Metrics,
     ) -> None:
-        self.models = {spec.name: ModelState(spec) for spec in models}
+        self.models = {spec.name: ModelState(spec, spec.size, spec.steps) for spec in models}
         self.device_name: str | None = None
         self.failure: LcmError | None = None
         self.pid: int | None = None
-        self.on_change: Callable[[], None] = lambda: None  # readiness or a load stage is another
+        self.changes = 0  # of a model's state, or of how far it is
+        self._changed = asyncio.Event()
         self._start: Message = {
-            "models": [dataclasses.asdict(spec) | {"path": str(spec.path)} for spec in models],
-            "device": device,
-            "compile": compile,
-            "threads": threads,
+            "models": [dataclasses.asdict(spec) for spec in models],
+            "engine": {
+                "device": device,
+                "compile": compile,
+                "threads": threads,
+                "choice": dataclasses.asdict(choice),
+                "memory_bytes": None if memory_mb is None else memory_mb * 2**20,
+            },
             "max_rows": max_rows,
         }
         self._max_pending = max_pending
@@ -102,7 +120,7 @@ class Workers:
 
     @property
     def is_ready(self) -> bool:
-        """The engine has loaded every model and run each once."""
+        """The engine has loaded every model that is to be there from the start, and run each once."""
         return self._ready.is_set() and self.failure is None
 
     async def wait_ready(self) -> None:
@@ -111,21 +129,66 @@ class Workers:
         if self.failure:
             raise self.failure
 
-    def submit(self, request: GenerateRequest, on_begun: Callable[[], None] | None = None) -> Generation:
-        """Hand a request to the engine process.
+    async def wait_change(self, seen: int) -> None:
+        """Wait until ``changes`` is not ``seen`` any more."""
+        while self.changes == seen:
+            await self._changed.wait()
 
-        Raises:
-            ModelLoading: no engine is ready yet. Unavailable: none ever will be. Overloaded: too many are pending.
+    async def wait_model(self, name: str) -> None:
+        """Wait until a model answers, which loads it if need be. Raises: LcmError: it never will."""
+        while self.models[name].state != "ready":
+            self.load(name)
+            await self.wait_change(self.changes)
+
+    def load(self, name: str) -> None:
+        """Have a model loaded, unless it is or is on its way; the ones longest unused make room.
+
+        Raises: LcmError: there can be no engine.
         """
         if self.failure:
             raise self.failure
-        if not self.is_ready or self._channel is None:
-            raise ModelLoading(f"the model is loading ({self.stage})")
+        model = self.models[name]
+        if model.state == "failed" and model.failure:
+            failure, model.failure = model.failure, None  # told once; asked for again, it is tried again
+            raise failure
+        if model.state in ("unloaded", "failed"):
+            model.become("loading")
+            if self._channel:
+                self._channel.send({"op": "load", "model": name})
+            self._change()
+
+    def unload(self, name: str) -> None:
+        """Have a model unloaded once its pictures under way are done; a request for it loads it again."""
+        model = self.models[name]
+        if model.state == "ready" and self._channel:
+            model.become("unloading")
+            self._channel.send({"op": "unload", "model": name})
+            self._change()
+
+    def submit(
+        self,
+        request: GenerateRequest,
+        on_begun: Callable[[], None] | None = None,
+        on_preview: Callable[[Preview], None] | None = None,
+    ) -> Generation:
+        """Hand a request to the engine process; one for a model that is not loaded has it loaded.
+
+        Raises:
+            ModelLoading: the model is not ready yet. Unavailable: it never will be. Overloaded: too many are pending.
+        """
+        if self.failure:
+            raise self.failure
+        model = self.models[request.model]
+        if model.state != "ready" or self._channel is None:
+            self.load(request.model)
+            raise ModelLoading(f"the model is loading ({request.model}: {model.stage} {model.progress:.0%})")
         # Realtime is bounded by its sessions; a flood of other requests must not cost a typist the newest message.
         if request.priority != "realtime" and len(self._pending) >= self._max_pending:
             raise Overloaded(f"{self._max_pending} requests are waiting already; try again soon")
         key = next(self._keys)
-        generation = Generation(key, asyncio.get_running_loop().create_future(), on_begun, False, self._drop)
+        generation = Generation(
+            key, asyncio.get_running_loop().create_future(), on_begun, on_preview, False, self._drop
+        )
         self._pending[key] = generation
         self._metrics.pending.set(len(self._pending))
         # Not dataclasses.asdict: it would copy the picture's bytes.
@@ -135,9 +198,9 @@ class Workers:
 
     @property
     def stage(self) -> str:
-        """The load stage of the first model that is not ready, in words."""
+        """The load stage of the first model that is on its way, in words."""
         for name, model in self.models.items():
-            if model.state != "ready":
+            if model.state == "loading":
                 return f"{name}: {model.stage} {model.progress:.0%}"
         return "ready"
 
@@ -172,7 +235,8 @@ class Workers:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._channel = channel = await AsyncChannel.open(ours)
-                channel.send(self._start)
+                wanted = [name for name, model in self.models.items() if model.state == "loading"]
+                channel.send(self._start | {"load": wanted})
                 watch = tasks.create_task(self._watch(process, channel))
                 while messages := await channel.receive():
                     for message in messages:
@@ -193,14 +257,21 @@ class Workers:
             self._ready.clear()
         self._metrics.ready.set(0)
         for model in self.models.values():
-            if model.state != "failed":
-                model.state, model.stage, model.progress = "loading", "start", 0.0
+            if model.state == "ready":
+                model.become("loading")
+            elif model.state == "unloading":
+                model.become("unloaded")
         pending, self._pending = self._pending, {}
         self._metrics.pending.set(0)
         for generation in pending.values():
             if not generation.result.done():
                 generation.result.set_exception(EngineLost("the engine process ended; it is being started again"))
-        self.on_change()
+        self._change()
+
+    def _change(self) -> None:
+        self.changes += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def _watch(self, process: asyncio.subprocess.Process, channel: AsyncChannel) -> None:
         """Kill an engine that has work but makes no progress."""
@@ -229,6 +300,10 @@ class Workers:
                     generation.begun = True
                     if generation.on_begun:
                         generation.on_begun()
+            case "preview":
+                generation = self._pending.get(message["key"])
+                if generation and generation.on_preview:
+                    generation.on_preview(Preview(**message["preview"]))
             case "result":
                 self._settle(message["key"], GenerateResult(**message["result"]))
             case "error":
@@ -237,7 +312,7 @@ class Workers:
                 self._turns = message["turns"]
             case _:
                 self._handle_load(message)
-                self.on_change()
+                self._change()
 
     def _settle(self, key: int, outcome: GenerateResult | LcmError) -> None:
         generation = self._pending.pop(key, None)
@@ -258,8 +333,19 @@ class Workers:
                 model.stage, model.progress = message["stage"], message["progress"]
             case "loaded":
                 model = self.models[message["model"]]
-                model.state, model.stage, model.progress = "ready", "ready", 1.0
-                model.load_seconds = message["seconds"]
+                model.become("ready")
+                model.load_seconds, model.size, model.steps = message["seconds"], message["size"], message["steps"]
+                self._metrics.model_bytes.set(message["memory"])
+            case "leaving":
+                self.models[message["model"]].become("unloading")
+            case "unloaded":
+                self.models[message["model"]].become("unloaded")
+                self._metrics.model_bytes.set(message["memory"])
+            case "failed":
+                model = self.models[message["model"]]
+                model.become("failed")
+                model.failure = from_wire(message["error"])
+                logger.error("%s cannot be loaded: %s", message["model"], model.failure)
             case "ready":
                 self._readied += 1
                 self._ready.set()
@@ -272,7 +358,7 @@ class Workers:
                 logger.error("the engine cannot start: %s", self.failure)
                 for model in self.models.values():
                     if model.state != "ready":
-                        model.state = "failed"
+                        model.become("failed")
                 self._ready.set()
 
     def describe(self) -> list[dict[str, Any]]:
@@ -284,10 +370,12 @@ class Workers:
                 "state": model.state,
                 "stage": model.stage,
                 "progress": model.progress,
-                "size": model.spec.size,
+                "size": model.size,
+                "steps": model.steps,
                 "licence": model.spec.licence,
                 "default": name == default,
                 "load_seconds": model.load_seconds,
+                "error": None if model.failure is None else str(model.failure),
             }
             for name, model in self.models.items()
         ]

@@ -8,9 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+
+if TYPE_CHECKING:
+    from lcm_rt.catalog import ModelSpec
+    from lcm_rt.engine.engine import Engine
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +23,22 @@ def blockbuster() -> Iterator[BlockBuster]:
     """A blocking call inside the event loop of our own code fails the test."""
     with blockbuster_ctx("lcm_rt") as guard:
         yield guard
+
+
+@pytest.fixture(scope="session")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
+    """Tiny models of every kind, by name."""
+    from engines import write_models  # torch takes its time, and few tests need it
+
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def engine(specs: dict[str, ModelSpec]) -> Engine:
+    """An engine that has loaded all of them."""
+    from engines import engine_of
+
+    return engine_of(*specs.values())
 
 
 @pytest.fixture(scope="session")

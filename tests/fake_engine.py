@@ -3,10 +3,14 @@
 Run as a worker process by the tests of everything above the engine. Words in the prompt steer it:
 
 ``hold=PATH``   the step waits until the FIFO at PATH is written to
+``nsfw``        the picture is flagged, unless its request has no safety checks
 ``raise``       the step fails, with any batch it is in
 ``crash``       the process dies in the step
 ``nan``         the picture comes out broken
 ``slow-load``   as a model's name: loading waits until the FIFO ``slow-load`` beside the model folder is written to
+``bad-load``    as a model's name: it cannot be loaded
+
+Every model weighs 10 MB.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lcm_rt.catalog import ModelSpec
-from lcm_rt.errors import GenerationFailed, LcmError
+from lcm_rt.catalog import Choice, ModelSpec
+from lcm_rt.errors import GenerationFailed, LcmError, ModelLoading
 from lcm_rt.images import Canvas
 from lcm_rt.types import GenerateRequest
 from lcm_rt.worker import serve
@@ -33,6 +37,15 @@ def colour(prompt: str, seed: int) -> tuple[int, int, int]:
     """The colour that the fake paints for a prompt and a seed."""
     value = zlib.crc32(f"{prompt}/{seed}".encode())
     return value & 255, value >> 8 & 255, value >> 16 & 255
+
+
+WEIGHT = 10 * 2**20
+
+
+@dataclass(slots=True)
+class FakePicture:
+    pixels: np.ndarray
+    flagged: bool
 
 
 @dataclass(slots=True)
@@ -56,16 +69,43 @@ class FakeRow:
 class FakeEngine:
     device_name = "fake"
 
-    def __init__(self, *, device: str, compile: bool, threads: int | None) -> None:
+    def __init__(
+        self, *, device: str, compile: bool, threads: int | None, choice: Choice, memory_bytes: int | None
+    ) -> None:
         if device == "none":
             raise LcmError("there is no such device")
+        self.loaded: list[str] = []
+        self._memory_bytes = memory_bytes or 2**30
 
-    def load(self, spec: ModelSpec, report: Callable[[str, float], None]) -> None:
+    @property
+    def memory(self) -> tuple[int, int]:
+        return len(self.loaded) * WEIGHT, self._memory_bytes
+
+    def locate(self, spec: ModelSpec, report: Callable[[str, float], None]) -> tuple[None, int]:
+        report("files", 0.0)
+        return None, WEIGHT
+
+    def load(self, spec: ModelSpec, parts: None, report: Callable[[str, float], None]) -> None:
         report("weights", 0.5)
         if spec.name == "slow-load":
-            (spec.path.parent / "slow-load").read_bytes()
+            (Path(spec.source).parent / "slow-load").read_bytes()
+        if spec.name == "bad-load":
+            raise LcmError("this model is no good")
+        self.loaded.append(spec.name)
 
-    def begin(self, key: int, request: GenerateRequest, canvas: Canvas) -> FakeRow:
+    def defaults(self, name: str) -> tuple[int, int]:
+        return 512, 4
+
+    def unload(self, name: str) -> None:
+        self.loaded.remove(name)
+
+    def adapter(self, request: GenerateRequest) -> None:
+        return None
+
+    def begin(self, key: int, request: GenerateRequest, canvas: Canvas, adapter: None) -> FakeRow:
+        if request.model not in self.loaded:
+            raise ModelLoading(f"{request.model} is not loaded")
+        self.loaded.append(self.loaded.pop(self.loaded.index(request.model)))
         return FakeRow(key, request, (canvas.width, canvas.height), request.num_inference_steps)
 
     def step(self, batch: Sequence[FakeRow]) -> None:
@@ -79,13 +119,18 @@ class FakeEngine:
         for row in batch:
             row.index += 1
 
-    def finish(self, rows: Sequence[FakeRow]) -> list[np.ndarray | LcmError]:
+    def finish(self, rows: Sequence[FakeRow]) -> list[FakePicture | LcmError]:
         return [
-            GenerationFailed("this picture came out broken")
-            if "nan" in row.request.prompt
-            else np.full((row.size[1], row.size[0], 3), colour(row.request.prompt, row.request.seed), np.uint8)
+            GenerationFailed("this picture came out broken") if "nan" in row.request.prompt else self._paint(row)
             for row in rows
         ]
+
+    preview = finish
+
+    def _paint(self, row: FakeRow) -> FakePicture:
+        flagged = "nsfw" in row.request.prompt and row.request.safety
+        paint = (0, 0, 0) if flagged else colour(row.request.prompt, row.request.seed)
+        return FakePicture(np.full((row.size[1], row.size[0], 3), paint, np.uint8), flagged)
 
 
 if __name__ == "__main__":

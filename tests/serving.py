@@ -23,6 +23,7 @@ from lcm_rt.service import Service
 from lcm_rt.settings import Settings
 
 FAKE_ENGINE = (sys.executable, str(Path(__file__).parent / "fake_engine.py"))
+REAL_ENGINE = (sys.executable, "-m", "lcm_rt.worker")
 SIDE = 64
 
 

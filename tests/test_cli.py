@@ -2,25 +2,84 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
+HEAVY = ("torch", "numpy", "pydantic", "starlette", "huggingface_hub", "rich.table")
 
-def lcm_rt(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "lcm_rt", *words], capture_output=True, text=True, timeout=60)
+
+def lcm_rt(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"COLUMNS": "200"} | variables
+    return subprocess.run([sys.executable, "-m", "lcm_rt", *words], capture_output=True, text=True, timeout=60, env=env)
 
 
 def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
-    assert all(word in lcm_rt("--help").stdout for word in ("serve", "generate", "models"))
-    code = "import sys, lcm_rt.cli; print([m for m in ('torch', 'numpy', 'pydantic', 'starlette') if m in sys.modules])"
+    assert all(word in lcm_rt("--help").stdout for word in ("serve", "generate", "pull", "models"))
+    code = f"import sys, lcm_rt.cli; print([m for m in {HEAVY} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_models_lists_the_embedded_one() -> None:
-    assert "embedded" in lcm_rt("models").stdout
+def row(table: str, name: str) -> list[str]:
+    """The cells of the row of ``lcm-rt models`` that begins with ``name``."""
+    rows = ([cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines())
+    return next(cells for cells in rows if cells and cells[0] == name)
+
+
+def test_models_tells_what_is_here_without_a_server(tmp_path: Path) -> None:
+    table = lcm_rt("models", "--url", "http://127.0.0.1:9", HF_HOME=str(tmp_path)).stdout
+    assert row(table, "embedded")[:6] == ["embedded", "256x256", "4", "Apache-2.0", "yes", "no server"]
+    assert row(table, "sdxl-turbo") == [
+        *("sdxl-turbo", "512x512", "1", "Stability AI Community", "no", "no server", "")
+    ]
+    blobs = tmp_path / "hub" / "models--Lykon--dreamshaper-7" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "x.incomplete").write_bytes(bytes(2000))
+    assert (
+        row(lcm_rt("models", "--url", "http://127.0.0.1:9", HF_HOME=str(tmp_path)).stdout, "sdv1-5-lora")[4]
+        == "partly, 2.0 kB"
+    )
+
+
+@pytest.mark.parametrize("body", [None, b"<html>", b"[]", b'{"models": [{"name": 1}]}'])
+def test_models_asks_a_running_server(tmp_path: Path, body: bytes | None) -> None:
+    states = [{"name": "embedded", "state": "ready"}, {"name": "mine", "state": "loading"}]
+    answer = json.dumps({"models": states, "device": "cpu"}).encode() if body is None else body
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *words: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/models" else 404)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        done = lcm_rt("models", "--url", f"http://127.0.0.1:{server.server_address[1]}/", HF_HOME=str(tmp_path))
+        server.shutdown()
+        thread.join()
+    assert done.returncode == 0
+    if body is not None:
+        assert row(done.stdout, "embedded")[5] == "no server"
+        return
+    assert row(done.stdout, "embedded")[5] == "ready"
+    assert row(done.stdout, "sdxl")[5] == "no"
+    assert row(done.stdout, "mine")[5] == "loading"
+
+
+def test_pull_of_what_is_all_there() -> None:
+    done = lcm_rt("pull", "embedded", HF_ENDPOINT="http://127.0.0.1:9")
+    assert (done.returncode, "embedded was all there" in done.stdout) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -29,14 +88,18 @@ def test_models_lists_the_embedded_one() -> None:
         (["serve", "--host", "0.0.0.0"], "--insecure"),
         (["serve", "--port", "70000"], "port"),
         (["serve", "--model", "nope"], "nope"),
-        (["serve", "--model", "x=/nowhere"], "model_index.json"),
+        (["serve", "--model", "x=/nowhere"], "/nowhere"),
+        (["serve", "--model", "x=/"], "model_index.json"),
+        (["pull", "nope"], "nope"),
+        (["pull", "x=model.ckpt"], "never opened"),
+        (["pull", "x=me/model"], "cannot be reached"),
         (["generate", "x", "-o", "out.gif"], ".png"),
         (["generate", "x", "--strength", "3"], "strength"),
         (["generate", "x", "--size", "big"], "image_size"),
     ],
 )
 def test_mistakes_are_told_in_one_line(words: list[str], complaint: str) -> None:
-    done = lcm_rt(*words)
+    done = lcm_rt(*words, HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr

@@ -23,7 +23,9 @@ Pixels = npt.NDArray[np.float64]
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     it = Engine(device="cpu")
-    it.load(catalog.resolve("embedded"), lambda stage, fraction: None)
+    spec = catalog.resolve("embedded")
+    parts, _ = it.locate(spec, lambda stage, fraction: None)
+    it.load(spec, parts, lambda stage, fraction: None)
     yield it
 
 
@@ -35,7 +37,7 @@ def paint(engine: Engine, prompt: str, **fields: object) -> Pixels:
         rows.append(engine.begin(seed, request, read_canvas(request, 256)))
     while not rows[0].done:
         engine.step(rows)
-    return np.array(engine.finish(rows), float)
+    return np.array([picture.pixels for picture in engine.finish(rows)], float)  # type: ignore[union-attr]
 
 
 def png(image: Image.Image) -> bytes:

@@ -1,202 +1,35 @@
-"""The engine against diffusers' own pipelines, on the same weights and the same noise."""
+"""The engine's verbs: batches, buckets, failures, compilation. That its pictures are right is in test_parity.py."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    LatentConsistencyModelImg2ImgPipeline,
-    LatentConsistencyModelPipeline,
-    LCMScheduler,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from PIL import Image
+from checkpoints import write_checkpoint, write_safety_checker
+from engines import TOLERANCE, begin, drain, engine_of, floats, half, picture, request, run
+from loras import write_lora
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from lcm_rt.engine.engine import Engine
-from lcm_rt.engine.runner import Runner
+from lcm_rt.engine.runner import Batch, Runner
 from lcm_rt.errors import GenerationFailed, InputError, ModelLoading, OutOfMemory
-from lcm_rt.images import Canvas
-from lcm_rt.types import GenerateRequest
-
-TOLERANCE = 1e-5
-KINDS = {
-    "lcm": {},
-    "lcm-tiny": {"tiny_vae": True},
-    "lcm-v": {"prediction": "v_prediction"},
-    "plain": {"distilled": False},
-    "plain-tiny": {"distilled": False, "tiny_vae": True},
-}
 
 
 @pytest.fixture(scope="module")
-def specs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {name: write_checkpoint(root / name, **kind, seed=i) for i, (name, kind) in enumerate(KINDS.items())}
-
-
-@pytest.fixture(scope="module")
-def engine(specs):
-    # One thread: on a busy machine, two of OpenMP's spend their time waiting for each other.
-    engine = Engine(device="cpu", threads=1)
-    for spec in specs.values():
-        engine.load(spec, lambda stage, fraction: None)
-    return engine
-
-
-@pytest.fixture
-def pipeline(specs):
-    """Build a pipeline of diffusers from the same folder."""
-
-    def build(kind, name):
-        folder = specs[name].path
-        vae = AutoencoderTiny if "tiny" in name else AutoencoderKL
-        built = kind(
-            unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
-            vae=vae.from_pretrained(folder / "vae"),
-            text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            scheduler=LCMScheduler.from_pretrained(folder / "scheduler"),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        built.set_progress_bar_config(disable=True)
-        return built
-
-    return build
-
-
-def picture(width=64, height=64, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def half(width=64, height=64):
-    mask = np.zeros((height, width), dtype=bool)
-    mask[:, : width // 2] = True
-    return mask
-
-
-def request(model="lcm", prompt="a red cat", seed=7, **kwargs):
-    return GenerateRequest(model, prompt, seed, **kwargs)
-
-
-def begin(engine, request, *, image=None, mask=None, size=(64, 64), key=0):
-    return engine.begin(key, request, Canvas(*size, image, mask))
-
-
-def run(engine, row):
-    while not row.done:
-        engine.step([row])
-    return row
-
-
-def floats(engine, row):
-    """The picture before it is rounded to bytes: (H, W, 3) in 0..1."""
-    runner: Runner = engine._served[row.bucket.model].runner
-    with torch.inference_mode():
-        return runner.decode(row.latents[None])[0].permute(1, 2, 0).numpy()
-
-
-def check(engine, row, expected):
-    np.testing.assert_allclose(floats(engine, run(engine, row)), expected, atol=TOLERANCE, rtol=0)
-    (pixels,) = engine.finish([row])
-    assert pixels.dtype == np.uint8
-    np.testing.assert_allclose(pixels / 255, expected, atol=0.5 / 255 + TOLERANCE, rtol=0)
-
-
-def seeded(seed=7):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", ["lcm", "lcm-tiny", "lcm-v"])
-def test_text_to_image_equals_diffusers(engine, pipeline, name, steps):
-    expected = pipeline(LatentConsistencyModelPipeline, name)(
-        "a red cat",
-        width=64,
-        height=64,
-        num_inference_steps=steps,
-        guidance_scale=3.0,
-        generator=seeded(),
-        output_type="np",
-    ).images[0]
-    check(engine, begin(engine, request(name, num_inference_steps=steps, guidance_scale=3.0)), expected)
-
-
-def test_sides_that_no_power_of_two_divides(engine, pipeline):
-    expected = pipeline(LatentConsistencyModelPipeline, "lcm")(
-        "a red cat",
-        width=72,
-        height=40,
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        generator=seeded(),
-        output_type="np",
-    ).images[0]
-    check(engine, begin(engine, request(num_inference_steps=2), size=(72, 40)), expected)
-
-
-@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
-@pytest.mark.parametrize("name", ["lcm", "lcm-tiny"])
-def test_image_to_image_equals_diffusers(engine, pipeline, name, strength):
-    expected = pipeline(LatentConsistencyModelImg2ImgPipeline, name)(
-        "a red cat",
-        image=Image.fromarray(picture()),
-        strength=strength,
-        num_inference_steps=4,
-        guidance_scale=1.0,
-        generator=seeded(),
-        output_type="np",
-    ).images[0]
-    row = begin(engine, request(name, strength=strength), image=picture())
-    assert row.steps == 4
-    check(engine, row, expected)
-
-
-@pytest.mark.parametrize("name", ["lcm", "lcm-tiny", "plain"])
-def test_inpainting_equals_diffusers(engine, pipeline, name):
-    expected = pipeline(StableDiffusionInpaintPipeline, name)(
-        "a red cat",
-        image=Image.fromarray(picture()),
-        mask_image=Image.fromarray(half()),
-        width=64,
-        height=64,
-        strength=1.0,
-        num_inference_steps=4,
-        guidance_scale=1.0,
-        generator=seeded(),
-        output_type="np",
-    ).images[0]
-    check(engine, begin(engine, request(name, strength=1.0), image=picture(), mask=half()), expected)
-
-
-@pytest.mark.parametrize("name", ["plain", "plain-tiny"])
-def test_classifier_free_guidance_equals_diffusers(engine, pipeline, name):
-    expected = pipeline(StableDiffusionPipeline, name)(
-        "a red cat",
-        negative_prompt="blue",
-        width=64,
-        height=64,
-        num_inference_steps=4,
-        guidance_scale=2.0,
-        generator=seeded(),
-        output_type="np",
-    ).images[0]
-    row = begin(engine, request(name, negative_prompt="blue", guidance_scale=2.0))
-    assert row.bucket.guided
-    check(engine, row, expected)
+def loras(specs, tmp_path_factory):
+    """Files of LoRAs, by the model that they are for and their rank."""
+    folder = tmp_path_factory.mktemp("loras")
+    files = {}
+    for name in ("lcm", "plain", "nine", "xl-lcm", "xl-plain"):
+        for rank in (2, 5):
+            files[name, rank] = str(folder / f"{name}-{rank}.safetensors")
+            write_lora(Path(files[name, rank]), Path(specs[name].source), rank=rank, seed=rank, conv=rank == 5)
+    return files
 
 
 def test_inpainting_below_full_strength_starts_from_the_picture(engine):
@@ -214,56 +47,41 @@ def test_a_strength_too_low_for_the_steps_says_how_many_ran(engine):
     assert run(engine, row).index == 2
 
 
-MIXED = [
-    (request(seed=1), {}),
-    (request(seed=2, prompt="", num_inference_steps=2, guidance_scale=1.5), {}),
-    (request(seed=3, strength=0.3), {"image": picture(seed=3)}),
-    (request(seed=4, strength=0.9, num_inference_steps=7), {"image": picture(seed=4)}),
-    (request(seed=5, strength=1.0), {"image": picture(seed=5), "mask": half()}),
-    (
-        request(seed=6, strength=0.6, num_inference_steps=3, guidance_scale=8),
-        {"image": picture(seed=6), "mask": half()},
-    ),
-    (request(seed=7, num_inference_steps=1), {}),
-    (request(seed=8, num_inference_steps=8, guidance_scale=4), {}),
-]
+def mixed(name, loras):
+    """Eight rows that have nothing in common but their model."""
+    asked = partial(request, name)
+    painted = {"image": picture(seed=5), "mask": half()}
+    rows = [
+        (asked(seed=1), {}),
+        (asked(seed=2, prompt="", num_inference_steps=2, guidance_scale=1.5, negative_prompt="blue"), {}),
+        (asked(seed=3, strength=0.3), {"image": picture(seed=3)}),
+        (asked(seed=4, strength=0.9, num_inference_steps=7, guidance_scale=8), {"image": picture(seed=4)}),
+        (asked(seed=5, strength=1.0, lora=loras[name, 2], lora_scale=0.7), painted),
+        (asked(seed=6, strength=0.6, num_inference_steps=3, guidance_scale=3, lora=loras[name, 5]), painted),
+        (asked(seed=7, num_inference_steps=1, lora=loras[name, 2], lora_scale=-1.0), {}),
+        (asked(seed=8, strength=0.7), painted),
+    ]
+    if name != "nine":
+        rows[5] = (replace(rows[5][0], controlnet_inpaint=True), painted)
+        rows[7] = (replace(rows[7][0], controlnet_inpaint=True), painted)
+    return rows
 
 
-def drain(engine, waiting):
-    """A new row joins before each step; rows leave when they are done: they meet at all stages of their ways."""
-    waiting, going = list(waiting), []
-    while waiting or going:
-        if waiting:
-            going.append(waiting.pop(0))
-        engine.step(going)
-        going = [row for row in going if not row.done]
-
-
-def test_a_row_does_not_notice_its_batch(engine):
-    together = [begin(engine, request, key=i, **canvas) for i, (request, canvas) in enumerate(MIXED)]
+@pytest.mark.parametrize("name", ["lcm", "plain", "nine", "xl-lcm", "xl-plain"])
+def test_a_row_does_not_notice_its_batch(engine, loras, name):
+    asked = mixed(name, loras)
+    together = [begin(engine, one, key=i, **canvas) for i, (one, canvas) in enumerate(asked)]
+    assert len({row.bucket for row in together}) == 1
     drain(engine, together)
-    for row, (alone, canvas) in zip(together, MIXED, strict=True):
+    for row, (alone, canvas) in zip(together, asked, strict=True):
         expected = floats(engine, run(engine, begin(engine, alone, **canvas)))
         np.testing.assert_allclose(floats(engine, row), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_guided_rows_do_not_notice_their_batch(engine):
-    asked = [
-        request("plain", seed=1, guidance_scale=2.0, negative_prompt="blue"),
-        request("plain", seed=2, guidance_scale=7.5, num_inference_steps=2),
-        request("plain", seed=3, guidance_scale=1.5, prompt="cat", num_inference_steps=3),
-    ]
-    together = [begin(engine, one) for one in asked]
-    drain(engine, together)
-    for row, one in zip(together, asked, strict=True):
-        expected = floats(engine, run(engine, begin(engine, one)))
-        np.testing.assert_allclose(floats(engine, row), expected, atol=TOLERANCE, rtol=0)
-
-
-def test_guidance_is_part_of_the_bucket(engine):
-    assert not begin(engine, request("plain", guidance_scale=1.0)).bucket.guided
-    assert begin(engine, request("plain", guidance_scale=1.1)).bucket.guided
-    assert not begin(engine, request("lcm", guidance_scale=8.0)).bucket.guided  # it goes in as an embedding
+def test_guidance_is_a_second_row_only_where_it_has_to_be(engine):
+    assert begin(engine, request("plain", guidance_scale=1.0)).negative is None
+    assert begin(engine, request("plain", guidance_scale=1.1)).negative is not None
+    assert begin(engine, request("lcm", guidance_scale=8.0)).negative is None  # it goes in as an embedding
 
 
 def test_finish_takes_rows_of_any_size_and_model_in_any_order(engine):
@@ -274,10 +92,10 @@ def test_finish_takes_rows_of_any_size_and_model_in_any_order(engine):
         for i, (name, size) in enumerate(zip(names, sizes, strict=True))
     ]
     done = engine.finish(rows)
-    assert [pixels.shape for pixels in done] == [(height, width, 3) for width, height in sizes]
-    for row, pixels in zip(rows, done, strict=True):
-        np.testing.assert_allclose(pixels / 255, floats(engine, row), atol=0.51 / 255)
-        assert set(row.timings) == {"text", "encode", "denoise", "vae"}
+    assert [one.pixels.shape for one in done] == [(height, width, 3) for width, height in sizes]
+    for row, one in zip(rows, done, strict=True):
+        np.testing.assert_allclose(one.pixels / 255, floats(engine, row), atol=0.51 / 255)
+        assert set(row.timings) == {"text", "encode", "denoise", "vae", "safety"}
 
 
 def test_a_seed_is_a_picture(engine):
@@ -307,9 +125,9 @@ def test_a_row_that_is_not_a_number_fails_alone(engine):
         engine.step(rows)
     first, second, third = engine.finish(rows)
     assert isinstance(second, GenerationFailed)
-    for pixels, seed in ((first, 0), (third, 2)):
+    for done, seed in ((first, 0), (third, 2)):
         (expected,) = engine.finish([run(engine, begin(engine, request(seed=seed)))])
-        np.testing.assert_allclose(pixels.astype(int), expected.astype(int), atol=1)
+        np.testing.assert_allclose(done.pixels.astype(int), expected.pixels.astype(int), atol=1)
 
 
 class Broken(RuntimeError):
@@ -350,7 +168,7 @@ def test_a_full_device_is_said_in_our_words(engine, monkeypatch):
 
     decode = Runner.decode
     monkeypatch.setattr(Runner, "decode", lambda self, x: full() if len(x) > 1 else decode(self, x))
-    assert all(isinstance(pixels, np.ndarray) for pixels in engine.finish([other, other]))  # one by one, there is room
+    assert [done.flagged for done in engine.finish([other, other])] == [False, False]  # one by one, there is room
 
 
 def test_a_picture_that_cannot_be_decoded_fails_alone(engine, monkeypatch):
@@ -366,7 +184,7 @@ def test_a_picture_that_cannot_be_decoded_fails_alone(engine, monkeypatch):
     first, second = engine.finish(rows)
     assert isinstance(first, GenerationFailed)
     assert "secret" not in str(first)
-    assert second.shape == (64, 64, 3)
+    assert second.pixels.shape == (64, 64, 3)
 
 
 class Calls(TorchDispatchMode):
@@ -382,13 +200,9 @@ class Calls(TorchDispatchMode):
 WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"}
 
 
-@pytest.mark.parametrize("name", ["lcm", "plain"])
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_a_step_never_waits_for_a_number_of_the_device(engine, name, scale):
-    rows = [
-        begin(engine, request(name, guidance_scale=scale), image=picture(), mask=half()),
-        begin(engine, request(name, guidance_scale=scale, num_inference_steps=2)),
-    ]
+@pytest.mark.parametrize("name", ["lcm", "plain", "xl-plain"])
+def test_a_step_never_waits_for_a_number_of_the_device(engine, loras, name):
+    rows = [begin(engine, one, **canvas) for one, canvas in mixed(name, loras)]
     with Calls() as calls:
         engine.step(rows)
     assert "conv2d" in calls.names
@@ -413,29 +227,112 @@ def test_a_size_that_the_model_cannot_paint(engine):
 
 def test_a_prompt_longer_than_the_model_reads(engine):
     long = begin(engine, request(prompt="red cat " * 500))
-    assert torch.equal(long.context, begin(engine, request(prompt="red cat " * 600)).context)
+    assert torch.equal(long.prompt.context, begin(engine, request(prompt="red cat " * 600)).prompt.context)
 
 
-def test_prompts_are_remembered_up_to_a_bound(engine):
+def test_prompts_are_remembered_up_to_a_bound(engine, loras):
     from lcm_rt.engine.conditioning import Prompts
 
-    prompts, model = Prompts(size=2), engine._served["lcm"].model
-    first = prompts.embed(model, "a")
-    assert prompts.embed(model, "a") is first
-    prompts.embed(model, "b")
-    prompts.embed(model, "a")
-    prompts.embed(model, "c")  # "b" is the one longest unused
-    assert [prompt for _, prompt in prompts._kept] == ["a", "c"]
-    prompts.forget("lcm")
-    assert not prompts._kept
+    prompts = Prompts(engine._served["lcm"].model, size=2)
+    first = prompts.read("a")
+    assert prompts.read("a") is first
+    prompts.read("b")
+    prompts.read("a")
+    prompts.read("c")  # "b" is the one longest unused
+    assert [text for text, *_ in prompts._kept] == ["a", "c"]
+    adapter = engine.adapter(request(lora=loras["lcm", 2]))
+    assert not torch.equal(prompts.read("c", adapter, 1.0).context, prompts.read("c").context)
+    assert prompts.read("c", adapter, 1.0) is not prompts.read("c", adapter, 0.5)
 
 
 def test_load_tells_its_stages(specs):
-    told = []
-    Engine(device="cpu").load(specs["lcm-tiny"], lambda stage, fraction: told.append((stage, fraction)))
-    assert [stage for stage, _ in told] == sorted((stage for stage, _ in told), key=["weights", "warm-up"].index)
-    assert told[0] == ("weights", 0.0)
+    told, engine = [], Engine(device="cpu", threads=1)
+
+    def tell(stage, fraction):
+        told.append((stage, fraction))
+
+    parts, _ = engine.locate(specs["lcm-tiny"], tell)
+    engine.load(specs["lcm-tiny"], parts, tell)
+    assert [stage for stage, _ in told] == sorted(
+        (stage for stage, _ in told), key=["files", "weights", "warm-up"].index
+    )
+    assert told[0] == ("files", 0.0)
     assert told[-1] == ("warm-up", 1.0)
+
+
+@pytest.mark.parametrize("name", ["lcm-tiny", "plain", "xl-plain", "nine"])
+def test_what_a_model_weighs_is_known_before_it_is_loaded(specs, name):
+    engine = Engine(device="cpu", threads=1)
+    parts, size = engine.locate(specs[name], lambda stage, fraction: None)
+    engine.load(specs[name], parts, lambda stage, fraction: None)
+    assert size == pytest.approx(engine.memory[0], rel=0.01)
+
+
+def test_the_model_longest_unused_is_the_first_to_go(specs):
+    engine = engine_of(specs["lcm"], specs["lcm-tiny"])
+    assert engine.loaded == ["lcm", "lcm-tiny"]
+    begin(engine, request("lcm"))
+    assert engine.loaded == ["lcm-tiny", "lcm"]
+    engine.unload("lcm-tiny")
+    assert engine.loaded == ["lcm"]
+    with pytest.raises(ModelLoading):
+        begin(engine, request("lcm-tiny"))
+
+
+def test_a_lora_is_read_once(engine, loras):
+    first = engine.adapter(request(lora=loras["lcm", 2]))
+    assert engine.adapter(request(lora=loras["lcm", 2], prompt="other")) is first
+    assert engine.adapter(request()) is None
+
+
+def test_a_lora_for_another_model(engine, loras):
+    with pytest.raises(InputError, match="lora_url"):
+        engine.adapter(request("xl-lcm", lora=loras["lcm", 2]))
+
+
+def test_a_controlnet_that_is_not_there(engine):
+    with pytest.raises(InputError, match="without an inpainting ControlNet"):
+        begin(engine, request("nine", controlnet_inpaint=True), image=picture(), mask=half())
+
+
+def test_previews_are_what_the_end_would_have_been(engine):
+    row = begin(engine, request(num_inference_steps=3))
+    engine.step([row])
+    (preview,) = engine.preview([row])
+    # The first step finds the same clean latents, whether more are to come or not.
+    (single,) = engine.finish([run(engine, begin(engine, request(num_inference_steps=1)))])
+    assert np.array_equal(preview.pixels, single.pixels)
+    run(engine, row)
+    (last,) = engine.preview([row])
+    (done,) = engine.finish([row])
+    assert np.array_equal(last.pixels, done.pixels)
+
+
+def test_an_inpainting_unet_paints_whole_pictures_too(engine):
+    free = floats(engine, run(engine, begin(engine, request("nine"))))
+    everywhere = np.ones((64, 64), bool)
+    grey = begin(engine, request("nine", strength=1.0), image=np.full((64, 64, 3), 128, np.uint8), mask=everywhere)
+    np.testing.assert_allclose(free, floats(engine, run(engine, grey)), atol=TOLERANCE)  # nothing shows of it
+    assert np.abs(free - floats(engine, run(engine, begin(engine, request("nine"), image=picture())))).max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """An engine whose model's safety checker flags every picture."""
+    folder = tmp_path_factory.mktemp("checked") / "checked"
+    spec = write_checkpoint(folder)
+    write_safety_checker(folder / "safety_checker", threshold=-2.0)
+    return engine_of(spec)
+
+
+def test_a_flagged_picture_is_black(checked):
+    asked = [request("checked", seed=i, safety=i != 1, num_inference_steps=1) for i in range(3)]
+    rows = [run(checked, begin(checked, one)) for one in asked]
+    rows += [run(checked, begin(checked, asked[0], size=(64, 72)))]
+    done = checked.finish(rows)
+    assert [one.flagged for one in done] == [True, False, True, True]
+    assert [bool(one.pixels.any()) for one in done] == [False, True, False, False]
+    assert all(one.flagged and not one.pixels.any() for one in checked.preview(rows[::2]))
 
 
 @pytest.mark.timeout(400)  # seconds of work, but on a busy machine they are long
@@ -451,8 +348,9 @@ def test_compilation_traces_each_network_once_for_one_row_and_once_for_more(tmp_
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
     eager, compiled = Engine(device="cpu", threads=1), Engine(device="cpu", threads=1, compile=True)
     told = []
-    eager.load(spec, lambda stage, fraction: None)
-    compiled.load(spec, lambda stage, fraction: told.append(stage))
+    for engine in (eager, compiled):
+        parts, _ = engine.locate(spec, lambda stage, fraction: None)
+        engine.load(spec, parts, lambda stage, fraction: told.append(stage))
     assert "compile" in told
     assert len(graphs) == 4
     for size in ((64, 64), (72, 64)):  # the second one was not compiled for
@@ -469,10 +367,10 @@ class SmallUNet(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = SimpleNamespace(time_cond_proj_dim=16)
+        self.config = SimpleNamespace(time_cond_proj_dim=16, in_channels=4)
         self.convolution = torch.nn.Conv2d(4, 4, 3, padding=1)
 
-    def forward(self, x, timesteps, *, encoder_hidden_states, timestep_cond, return_dict):
+    def forward(self, x, timesteps, *, encoder_hidden_states, timestep_cond, **others):
         shift = timesteps.float().sin() + encoder_hidden_states.mean((1, 2)) + timestep_cond.mean(1)
         return (torch.nn.functional.silu(self.convolution(x) + shift[:, None, None, None]),)
 
@@ -496,6 +394,6 @@ def test_compiled_code_equals_eager(engine):
         for rows in (1, 2, 5):
             x, t = torch.randn(rows, 4, 8, 8), torch.arange(rows) * 100
             context, embedding = torch.randn(rows, 24, 32), torch.randn(rows, 16)
-            expected, output = (runner.predict(x, t, context, embedding) for runner in (eager, compiled))
+            expected, output = (runner.predict(Batch(x, t, context, embedding)) for runner in (eager, compiled))
             np.testing.assert_allclose(output, expected, atol=1e-3, rtol=0)
             np.testing.assert_allclose(compiled.decode(x), eager.decode(x), atol=1e-3, rtol=0)

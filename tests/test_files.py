@@ -9,14 +9,22 @@ from pathlib import Path
 
 import pytest
 from serving import run
+from test_egress import Host, answer, hosting, make
 
-from lcm_rt.errors import ImageError, InputError, NotFound
+from lcm_rt import files as files_module
+from lcm_rt.egress import MAX_URL, REFUSED, Egress
+from lcm_rt.errors import DownloadError, ImageError, InputError, NotFound
 from lcm_rt.files import Files
 from lcm_rt.metrics import Metrics
 
 
-def files(folder: Path) -> Files:
-    return Files(folder / "files", ttl_s=100, limit_bytes=1000, metrics=Metrics())
+def files(folder: Path, egress: Egress | None = None) -> Files:
+    egress = egress or make(Host(say_path))[0]
+    return Files(folder / "files", ttl_s=100, limit_bytes=1000, metrics=Metrics(), egress=egress)
+
+
+async def say_path(host: Host, path: str, writer: asyncio.StreamWriter) -> None:
+    await answer(writer, path.encode())
 
 
 @run
@@ -55,11 +63,46 @@ async def test_a_sweep_leaves_what_is_not_ours(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["folder.png", "thesis.txt"]
 
 
-@pytest.mark.parametrize("url", ["http://example.com/a.png", "file:///etc/passwd", "ftp://x", "//[", "x"])
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x", "//[", "x", "", "x" * (MAX_URL + 1)])
 def test_other_addresses_are_not_read(tmp_path: Path, url: str) -> None:
     @run
     async def walk() -> None:
-        with pytest.raises(InputError, match="mask_url"):
+        with pytest.raises(InputError, match="mask_url") as caught:
             await files(tmp_path).read("mask_url", url)
+        assert caught.value.kind == "url_scheme"
 
     walk()
+
+
+@run
+async def test_files_of_ours_are_told_from_those_of_others(tmp_path: Path) -> None:
+    async with hosting(say_path) as host:
+        client, dialer = make(host)
+        it = files(tmp_path, client)
+        name = await it.put(b"ours", "image/png")
+        stranger = "a" * 22 + ".png"
+        for url in (f"/files/{name}", f"http://pictures.example/files/{name}", f"https://x:99/files/{name}?a#b"):
+            assert await it.path_of(url) == await it.find(name)
+            assert await it.read("image_url", url) == b"ours"
+        assert dialer.dialled == []
+        for path in (f"/files/{stranger}", "/files/cat.png", f"/{name}", f"/files/files/{name}", "/a.png"):
+            assert await it.path_of(f"http://pictures.example{path}") is None
+            assert await it.read("image_url", f"http://pictures.example{path}") == path.encode()
+        assert len(dialer.dialled) == 5
+        # Ours that is gone is gone under every name, though nothing is fetched from our own network.
+        for url in (f"/files/{stranger}", f"http://127.0.0.1:8000/files/{stranger}", "/files/x"):
+            with pytest.raises(ImageError, match="image_url: there is no such file here"):
+                await it.read("image_url", url)
+        with pytest.raises(DownloadError, match=f"image_url: {REFUSED}"):
+            await it.read("image_url", "http://127.0.0.1:8000/files/cat.png")
+        assert await it.path_of("/files/" + "a" * MAX_URL) is None
+
+
+@run
+async def test_a_picture_of_another_host_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with hosting(say_path) as host:
+        it = files(tmp_path, make(host)[0])
+        monkeypatch.setattr(files_module, "MAX_FETCH_BYTES", 5)
+        assert await it.read("mask_url", "HTTP://pictures.example/1234") == b"/1234"
+        with pytest.raises(DownloadError, match="mask_url: is larger than 5 bytes"):
+            await it.read("mask_url", "http://pictures.example/12345")

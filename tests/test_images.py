@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 
 from lcm_rt import images
 from lcm_rt.errors import ImageError, InputError
@@ -180,6 +182,9 @@ def test_a_bomb_is_refused_by_its_header(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
     with pytest.raises(ImageError, match=r"8000x8000 pixels; at most 16.8 million"):
         read(header_of_png(8000, 8000))
+    for size in [(65536, 1), (1, 65536)]:
+        with pytest.raises(ImageError, match="65535 a side"):
+            read(header_of_png(*size), size=(64, 64))
     # Pillow has a limit of its own, far above ours.
     with pytest.raises(ImageError):
         read(header_of_png(60000, 60000))
@@ -212,6 +217,220 @@ def test_flipped_bytes_give_a_picture_or_an_image_error(data, kind):
     except ImageError:
         return
     assert canvas.image.shape == (canvas.height, canvas.width, 3)
+
+
+def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def boxes(size: tuple[int, int], *filled: tuple[int, int, int, int]) -> Image.Image:
+    """A hard mask: white in boxes of (left, top, width, height)."""
+    mask = Image.new("L", size)
+    for left, top, width, height in filled:
+        mask.paste(255, (left, top, left + width, top + height))
+    return mask
+
+
+def by_diffusers(picture: np.ndarray, mask: np.ndarray, painted: np.ndarray):
+    """The region, what is painted on, where, and the end result, as the pipelines make them."""
+    from diffusers.image_processor import VaeImageProcessor  # loads torch, which the other tests here do without
+
+    pictures = VaeImageProcessor()
+    masks = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+    height, width = mask.shape
+    picture, mask, painted = (Image.fromarray(pixels) for pixels in (picture, mask, painted))
+    region = masks.get_crop_region(mask, width, height, pad=32)
+    options = {"height": height, "width": width, "crops_coords": region, "resize_mode": "fill"}
+    image = np.asarray(pictures.postprocess(pictures.preprocess(picture, **options))[0])
+    filled = masks.preprocess(mask, **options)[0, 0].numpy() == 1
+    return region, image, filled, np.asarray(pictures.apply_overlay(mask, picture, painted, region))
+
+
+def mask_of(overlay: images.Overlay) -> np.ndarray:
+    """The overlay's mask in the whole picture."""
+    left, top, right, bottom = overlay.region
+    mask = np.zeros(overlay.picture.shape[:2], dtype=np.uint8)
+    mask[top:bottom, left:right] = overlay.mask
+    return mask
+
+
+def assert_like_diffusers(canvas: images.Canvas, atol: int):
+    painted = noise(canvas.width, canvas.height, seed=1)
+    overlay = canvas.overlay
+    region, image, filled, result = by_diffusers(overlay.picture, mask_of(overlay), painted)
+    assert overlay.region == region
+    np.testing.assert_array_equal(canvas.image, image)
+    np.testing.assert_array_equal(canvas.mask, filled)
+    np.testing.assert_allclose(overlay.paste(painted).astype(int), result.astype(int), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        boxes((512, 384), (200, 100, 40, 30)),
+        boxes((512, 384), (0, 0, 1, 1)),
+        boxes((512, 384), (511, 0, 1, 1)),
+        boxes((512, 384), (0, 383, 1, 1)),
+        boxes((512, 384), (511, 383, 1, 1)),
+        boxes((512, 384), (0, 150, 512, 20)),
+        boxes((512, 384), (250, 0, 3, 384)),
+        boxes((512, 384), (450, 300, 62, 84)),
+        boxes((512, 384), (5, 5, 1, 1), (500, 370, 3, 3)),
+        boxes((512, 384), (40, 40, 1, 1), (300, 44, 9, 1)),
+        boxes((512, 384), (0, 0, 512, 384)),
+        boxes((64, 64), (31, 31, 1, 1)),
+        boxes((64, 1024), (30, 0, 1, 1)),
+        boxes((64, 1024), (63, 600, 1, 200)),
+        boxes((1024, 64), (300, 63, 513, 1)),
+        boxes((1024, 64), (0, 0, 1024, 1)),
+        boxes((616, 888), (17, 23, 101, 67)),
+        boxes((64, 600), (0, 300, 16, 10)),  # these two lose a pixel to floating point
+        boxes((72, 424), (0, 0, 1, 339)),
+    ],
+    ids=lambda mask: f"{mask.size}{mask.getbbox()}",
+)
+def test_the_mask_only_is_painted_as_by_diffusers(mask):
+    picture = noise(*mask.size)
+    canvas = read(file(Image.fromarray(picture)), file(mask), inpaint_mask_only=True)
+    assert (canvas.width, canvas.height) == mask.size
+    np.testing.assert_array_equal(canvas.overlay.picture, picture)
+    np.testing.assert_array_equal(mask_of(canvas.overlay), np.asarray(mask))
+    assert_like_diffusers(canvas, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_hard_mask_is_painted_as_by_diffusers(data):
+    width, height = (8 * data.draw(st.integers(8, 60)) for _ in "xy")
+    left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    box = (left, top, data.draw(st.integers(1, width - left)), data.draw(st.integers(1, height - top)))
+    picture = file(Image.fromarray(noise(width, height)))
+    canvas = read(picture, file(boxes((width, height), box)), inpaint_mask_only=True)
+    assert_like_diffusers(canvas, atol=0)
+
+
+@pytest.mark.parametrize("size", [None, (256, 192), (128, 256), (384, 64)])
+@pytest.mark.parametrize("faintest", [1, 100, 255])
+def test_a_soft_mask_is_pasted_softly(size, faintest):
+    """To within one level of 255: diffusers rounds twice on the way."""
+    mask = Image.new("L", (200, 152))
+    ImageDraw.Draw(mask).ellipse((60, 50, 110, 90), fill=faintest)
+    mask = mask.filter(ImageFilter.GaussianBlur(5))
+    canvas = read(file(Image.fromarray(noise(200, 152))), file(mask), size=size, inpaint_mask_only=True)
+    assert_like_diffusers(canvas, atol=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 99), size=st.sampled_from([None, (64, 64), (256, 64), (96, 200)]))
+def test_outside_the_mask_not_a_bit_changes(data, seed, size):
+    width, height = (data.draw(st.integers(64, 200)) for _ in "xy")
+    levels = st.sampled_from([0, 0, 0, 1, 128, 255])
+    few = data.draw(st.lists(st.tuples(st.integers(0, width - 1), st.integers(0, height - 1), levels), max_size=9))
+    mask = Image.new("L", (width, height))
+    for x, y, level in few:
+        mask.paste(level, (x, y, x + seed, y + seed))
+    picture, mask = file(Image.fromarray(noise(width, height, seed))), file(mask)
+    plain, canvas = (read(picture, mask, size=size, inpaint_mask_only=flag) for flag in (False, True))
+    assert plain.overlay is None
+    assert (canvas.width, canvas.height) == (plain.width, plain.height)
+    weights = mask_of(canvas.overlay)
+    np.testing.assert_array_equal(weights >= 128, plain.mask)
+    result = canvas.overlay.paste(noise(canvas.width, canvas.height, seed=100))
+    assert (result.dtype, result.shape) == (np.uint8, plain.image.shape)
+    np.testing.assert_array_equal(result[weights == 0], plain.image[weights == 0])
+    np.testing.assert_array_equal(canvas.overlay.picture, plain.image)
+
+
+def test_a_small_mask_is_painted_in_large():
+    canvas = read(file(gradient(512, 512)), file(boxes((512, 512), (100, 200, 64, 64))), inpaint_mask_only=True)
+    assert canvas.overlay.region == (68, 168, 196, 296)
+    assert canvas.mask[130:382, 130:382].all()  # scaled, its corners are a little round
+    assert canvas.mask[128:384, 128:384].sum() == canvas.mask.sum()
+    # Painted blue, the square is blue and nothing else is.
+    result = canvas.overlay.paste(np.full((512, 512, 3), (0, 0, 255), dtype=np.uint8))
+    blue = (result == (0, 0, 255)).all(axis=2)
+    assert blue[200:264, 100:164].all()
+    assert blue.sum() == 64 * 64
+
+
+def test_with_nothing_to_paint_the_result_is_the_input():
+    canvas = read(file(gradient()), file(Image.new("L", (96, 64))), inpaint_mask_only=True)
+    assert canvas.overlay.region == (0, 0, 96, 64)
+    np.testing.assert_array_equal(canvas.image, np.asarray(gradient()))
+    assert not canvas.mask.any()
+    np.testing.assert_array_equal(canvas.overlay.paste(noise(96, 64)), np.asarray(gradient()))
+
+
+def test_with_all_to_paint_the_result_is_what_was_painted():
+    canvas = read(file(gradient()), file(Image.new("L", (96, 64), 255)), inpaint_mask_only=True)
+    np.testing.assert_array_equal(canvas.image, np.asarray(gradient()))
+    np.testing.assert_array_equal(canvas.overlay.paste(noise(96, 64)), noise(96, 64))
+
+
+def test_the_mask_only_without_a_mask_is_refused():
+    for image in (None, file(gradient())):
+        with pytest.raises(InputError, match="needs a mask") as caught:
+            read(image, inpaint_mask_only=True)
+        assert caught.value.field == "inpaint_mask_only"
+    with pytest.raises(InputError, match="mask: a mask needs an image"):
+        read(None, file(Image.new("L", (64, 64))), inpaint_mask_only=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [((96, 64), (4096, 64)), ((64, 96), (2048, 4096)), ((1000, 700), (4096, 2048)), ((2000, 1101), (1536, 2048))],
+)
+def test_sizes_beyond_1024_show_the_same_middle(given, size):
+    """A ramp stays a ramp: its value tells which place of the input a pixel shows."""
+    canvas = read(file(gradient(*given)), size=size)
+    factor = max(size[0] / given[0], size[1] / given[1])
+    for axis, middle in ((0, canvas.image[size[1] // 2, :, 0]), (1, canvas.image[:, size[0] // 2, 1])):
+        place = given[axis] / 2 + (np.arange(size[axis]) + 0.5 - size[axis] / 2) / factor
+        inner = (place > 3) & (place < given[axis] - 3)  # the ramp ends at the edges
+        expected = (place - 0.5) * 255 / given[axis]
+        np.testing.assert_allclose(middle[inner], expected[inner], atol=2)
+
+
+@settings(max_examples=200)
+@given(
+    given_size=st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
+    size=st.tuples(st.integers(8, 512), st.integers(8, 512)),
+)
+def test_every_size_up_to_4096_is_covered_and_no_more(given_size, size):
+    size = (8 * size[0], 8 * size[1])
+    scaled, cut = images._plan(given_size, size)
+    assert cut == size
+    assert min(scaled[0] - size[0], scaled[1] - size[1]) == 0
+    factor = max(size[0] / given_size[0], size[1] / given_size[1])
+    np.testing.assert_allclose(scaled, np.multiply(given_size, factor), rtol=0, atol=0.51)
+
+
+LARGE = """
+import io, resource
+from PIL import Image
+from lcm_rt.images import read_canvas
+from lcm_rt.types import GenerateRequest
+
+def file(mode, size, colour):
+    out = io.BytesIO()
+    Image.new(mode, size, colour).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 640 * 2**20, resource.getrlimit(resource.RLIMIT_AS)[1]))
+for size in (4096, 4096), (256, 65535), (1, 65535), (65535, 1):
+    picture, mask = file("RGBA", size, (255, 0, 0, 255)), file("L", size, 255)
+    request = GenerateRequest("m", "p", 0, image=picture, mask=mask, size=(4096, 4096), inpaint_mask_only=True)
+    canvas = read_canvas(request, 256)
+    assert canvas.image.shape == (4096, 4096, 3)
+    assert (canvas.image[::64, ::64] == (255, 0, 0)).all() and canvas.mask[::64, ::64].all()
+    assert (canvas.overlay.paste(canvas.image)[::64, ::64] == (255, 0, 0)).all()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to its memory limit")
+def test_the_largest_pictures_and_sizes_need_no_more_than_640_mib():
+    subprocess.run([sys.executable, "-c", LARGE], check=True, timeout=100)
 
 
 @pytest.mark.parametrize(("format", "atol"), [("png", 0), ("jpeg", 12), ("webp", 12)])

@@ -18,35 +18,41 @@ ROOT = Path(__file__).parents[1] / "lcm_rt"
 
 FLOORS = [
     "__init__ embedded errors types catalog settings metrics channel",
-    "wire session images",
-    "engine engine.sampling engine.trajectory engine.models engine.conditioning engine.runner engine.engine",
+    "wire session images hub",
+    "engine engine.sampling engine.trajectory engine.adapters engine.safety engine.singlefile engine.models"
+    " engine.conditioning engine.runner engine.engine",
     "scheduler worker workers",
-    "files service",
+    "egress files loras service",
     "server server.realtime server.http server.app server.serve",
     "cli __main__",
-    "embedded.scenes embedded.train",
+    "embedded.scenes embedded.muon embedded.plan embedded.networks embedded.companion embedded.controlnet embedded.lora"
+    " embedded.train",
 ]
 
 # A package -> the only modules (or packages) of ours that may import it.
 KEEPERS = {
     "torch": "engine embedded",
-    "diffusers": "engine.models embedded.train",
-    "transformers": "engine.models embedded.train",
-    "tokenizers": "embedded.train",
-    "safetensors": "engine.models embedded.train",
+    "diffusers": "engine.models engine.adapters engine.safety engine.singlefile embedded",
+    "transformers": "engine.models engine.safety embedded",
+    "tokenizers": "embedded",
+    "safetensors": "engine.adapters engine.safety engine.singlefile embedded",
+    "huggingface_hub": "hub",
+    "httpx2": "egress hub cli",
+    "httpcore2": "egress",
+    "sse_starlette": "server",
     "numpy": "images engine embedded worker",
     "PIL": "images embedded",
     "starlette": "server",
     "uvicorn": "server.serve",
     "typer": "cli",
-    "rich": "cli server.serve embedded.train",
+    "rich": "cli server.serve embedded",
     "msgpack": "wire channel",
     "orjson": "wire server.http",
     "prometheus_client": "metrics",
     "pydantic_settings": "settings",
-    "os": "settings worker embedded.train",
-    "asyncio": "channel workers files service server cli",
-    "threading": "channel worker embedded.train",
+    "os": "settings worker engine.engine embedded",
+    "asyncio": "channel workers egress files loras service server cli",
+    "threading": "channel worker engine.adapters embedded",
     "pickle": "",
 }
 

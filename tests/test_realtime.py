@@ -150,8 +150,8 @@ BAD_FRAMES = [
         "image_url",
     ),
     (
-        msgpack.packb({"prompt": "x", "image_url": "http://x/y.png", "request_id": "r"}),
-        "invalid_input",
+        msgpack.packb({"prompt": "x", "image_url": "http://127.0.0.1/y.png", "request_id": "r"}),
+        "file_download_error",
         "image_url",
     ),
     (msgpack.packb({"prompt": "x", "mask_bytes": b"junk", "request_id": "r"}), "invalid_input", "image_url"),

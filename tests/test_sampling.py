@@ -3,7 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+from diffusers import (
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+)
 
 from lcm_rt.engine import sampling
 from lcm_rt.engine.sampling import Schedule
@@ -11,6 +16,13 @@ from lcm_rt.errors import InputError
 
 STRENGTHS = [0.1, 0.29, 0.3, 0.58, 0.6, 0.8, 1.0]
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+LCM = Schedule.from_config(CONFIG)
+
+
+def step(x, output, c, noise, schedule):
+    """One whole update, for the end of which the engine has two halves."""
+    return sampling.renoise(x, sampling.denoise(x, output, c, schedule), c, noise, schedule)
 
 
 def reference(**config) -> LCMScheduler:
@@ -26,17 +38,17 @@ def test_timesteps_are_those_of_diffusers(strength):
     for steps in range(1, int(50 * strength) + 1):
         scheduler = reference()
         scheduler.set_timesteps(steps, strength=strength)
-        assert sampling.timesteps(steps, strength) == scheduler.timesteps.tolist(), steps
+        assert sampling.timesteps(LCM, steps, strength) == scheduler.timesteps.tolist(), steps
 
 
 def test_four_steps_are_the_ones_everybody_knows():
-    assert sampling.timesteps(4) == [999, 759, 499, 259]
+    assert sampling.timesteps(LCM, 4) == [999, 759, 499, 259]
 
 
 def test_a_strength_too_low_for_the_steps_visits_what_there_is():
-    assert sampling.timesteps(4, strength=0.05) == [39, 19]
-    assert sampling.timesteps(4, strength=0.001) == [19]
-    assert sampling.timesteps(60) == list(range(999, 0, -20))
+    assert sampling.timesteps(LCM, 4, strength=0.05) == [39, 19]
+    assert sampling.timesteps(LCM, 4, strength=0.001) == [19]
+    assert sampling.timesteps(LCM, 60) == list(range(999, 0, -20))
 
 
 @pytest.mark.parametrize(
@@ -68,24 +80,53 @@ def test_step_equals_diffusers_bit_for_bit(prediction, clip):
                 output = randn(1, 4, 8, 8, seed=i + 1)
                 expected = scheduler.step(output, t, x, generator=generator.clone_state(), return_dict=False)[0]
                 noise = torch.randn(x.shape, generator=generator) if i < steps - 1 else torch.zeros_like(x)
-                ours = sampling.lcm_step(x, output, rows[i : i + 1], noise, schedule.prediction, schedule.clip)
+                ours = step(x, output, rows[i : i + 1], noise, schedule)
                 assert torch.equal(ours, expected), (strength, steps, i)
                 x = expected
 
 
+# diffusers' own conversion of a tensor to numpy.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_turbo_steps_equal_those_of_diffusers(kind, prediction):
+    for steps in (1, 2, 3, 4, 8):
+        scheduler = kind(**(CONFIG | {"timestep_spacing": "trailing", "prediction_type": prediction}))
+        scheduler.set_timesteps(steps)
+        schedule = Schedule.from_config(scheduler.config | {"_class_name": kind.__name__}, turbo=True)
+        visited = sampling.timesteps(schedule, steps)
+        assert visited == [int(t) for t in scheduler.timesteps]
+        rows = sampling.coefficients(schedule, visited)
+        noise = randn(1, 4, 8, 8)
+        theirs, x = noise * scheduler.init_noise_sigma, sampling.pure_noise(schedule, noise, rows[:1])
+        generator = torch.Generator().manual_seed(5)
+        for i, t in enumerate(scheduler.timesteps):
+            np.testing.assert_allclose(x, scheduler.scale_model_input(theirs, t), rtol=1e-4, atol=1e-5)
+            output = randn(1, 4, 8, 8, seed=i + 1)
+            theirs = scheduler.step(output, t, theirs, generator=generator.clone_state(), return_dict=False)[0]
+            x = step(x, output, rows[i : i + 1], torch.randn(x.shape, generator=generator), schedule)
+        np.testing.assert_allclose(x, theirs, rtol=1e-4, atol=1e-4)  # it ends without noise, where both scales are one
+
+
+def test_turbo_begins_where_the_strength_says():
+    turbo = Schedule.from_config(CONFIG | {"_class_name": "EulerDiscreteScheduler"}, turbo=True)
+    assert sampling.timesteps(turbo, 1) == [999]
+    assert sampling.timesteps(turbo, 1, strength=0.5) == [499]
+    assert sampling.timesteps(turbo, 2, strength=0.5) == [499, 249]
+    assert sampling.timesteps(turbo, 4, strength=0.002) == [1, 0]
+
+
 def test_rows_at_different_timesteps_do_not_mix():
-    schedule = Schedule.from_config(CONFIG)
-    c = torch.cat([sampling.coefficients(schedule, sampling.timesteps(n)) for n in (1, 2, 4)])
+    c = torch.cat([sampling.coefficients(LCM, sampling.timesteps(LCM, n)) for n in (1, 2, 4)])
     x, output, noise = (randn(7, 4, 8, 8, seed=seed) for seed in range(3))
-    together = sampling.lcm_step(x, output, c, noise)
+    together = step(x, output, c, noise, LCM)
     for i in range(7):
-        alone = sampling.lcm_step(*(rows[i : i + 1] for rows in (x, output, c, noise)))
+        alone = step(*(rows[i : i + 1] for rows in (x, output, c, noise)), LCM)
         assert torch.equal(together[i : i + 1], alone)
 
 
 def test_add_noise_equals_diffusers():
-    schedule = Schedule.from_config(CONFIG)
-    c = sampling.coefficients(schedule, [999, 499, 19])
+    c = sampling.coefficients(LCM, [999, 499, 19])
     x0, noise = randn(3, 4, 8, 8), randn(3, 4, 8, 8, seed=1)
     assert torch.equal(sampling.add_noise(x0, noise, c), reference().add_noise(x0, noise, torch.tensor([999, 499, 19])))
 
@@ -104,7 +145,7 @@ def test_the_boundary_condition_is_the_identity_at_zero():
 
 
 def test_inpainting_keeps_what_the_mask_leaves_out():
-    c = sampling.coefficients(Schedule.from_config(CONFIG), [499])[0]
+    c = sampling.coefficients(LCM, [499])[0]
     x, x0, noise = (randn(4, 8, 8, seed=seed) for seed in range(3))
     mask = torch.zeros(1, 8, 8)
     mask[:, :4] = 1

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 torch = pytest.importorskip("torch")
+np = pytest.importorskip("numpy")
 
 from lcm_rt.embedded import MODEL_DIR, scenes  # noqa: E402
 
@@ -131,6 +132,61 @@ def test_layout_decides_the_picture():
     """The same words with the same layout give the same drawing; another layout gives another."""
     assert torch.equal(paint(1, seed=1, time="dawn").image, paint(1, seed=1, time="dawn").image)
     assert not torch.equal(paint(1, seed=1, time="dawn").image, paint(1, seed=2, time="dawn").image)
+
+
+def test_holes_are_plain_masks_of_many_sizes():
+    focus = paint(4, time="day", body="sun").focus
+    rng = random.Random(0)
+    holes = torch.stack([scenes.hole(focus[i % 4], rng, size=SIZE) for i in range(200)])
+    assert holes.shape == (200, 1, SIZE, SIZE)
+    assert set(holes.unique().tolist()) == {0.0, 1.0}
+    area = holes.mean((1, 2, 3))
+    assert area.min() > 0
+    assert (area < 0.2).any() and (area > 0.8).any() and (area == 1).any()
+    assert torch.equal(holes[0], scenes.hole(focus[0], random.Random(0), size=SIZE))
+
+
+def test_some_holes_are_about_the_small_things():
+    focus = torch.zeros(1, 32, 32)
+    focus[:, 20:24, 5:9] = 1
+    rng = random.Random(1)
+    holes = torch.stack([scenes.hole(focus, rng, size=SIZE) for _ in range(200)])
+    inside = holes[..., 40:48, 10:18].mean((1, 2, 3))
+    just = (inside == 1) & (holes.mean((1, 2, 3)) < 0.25)
+    assert just.sum() > 25, "the thing and some air around it"
+
+
+def ink(pixels):
+    return scenes.restyle(np.asarray(pixels, np.uint8), "ink").astype(int)
+
+
+def test_ink_draws_a_dark_line_where_the_colour_changes():
+    pixels = np.full((SIZE, SIZE, 3), 255)
+    pixels[SIZE // 2 :] = 170
+    drawn = ink(pixels).mean(-1)
+    assert drawn[SIZE // 2, 0] < 90 < drawn[-1, 0] < drawn[0, 0] - 30, "line, grey wash, paper"
+    assert np.ptp(drawn, axis=1).max() == 0
+    paper = ink(np.full((SIZE, SIZE, 3), 255))
+    assert np.ptp(paper, axis=(0, 1)).max() == 0
+    assert paper[0, 0, 0] > paper[0, 0, 2] > 200, "cream"
+
+
+def test_ink_is_white_on_a_dark_night():
+    pixels = np.full((SIZE, SIZE, 3), (10, 14, 40))
+    pixels[: SIZE // 8] = (150, 150, 170)
+    drawn = ink(pixels).mean(-1)
+    assert drawn[SIZE // 8, 0] > 160 > 100 > drawn[-1, 0]
+
+
+def test_restyle_takes_batches_and_leaves_them_alone():
+    pixels = ((paint(3, time="sunset").image.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+    before = pixels.copy()
+    drawn = scenes.restyle(pixels, "ink")
+    assert (drawn.shape, drawn.dtype) == (pixels.shape, np.uint8)
+    assert np.array_equal(pixels, before)
+    assert np.array_equal(drawn[1], scenes.restyle(pixels[1], "ink"))
+    with pytest.raises(KeyError):
+        scenes.restyle(pixels, "oil")
 
 
 @pytest.mark.skipif(not (MODEL_DIR / "tokenizer").exists(), reason="no trained model in this checkout")

@@ -55,12 +55,12 @@ def test_unknown_apps(service: Service, app: str) -> None:
     ],
 )
 def test_models(service: Service, fields: dict[str, Any], model: str) -> None:
-    assert service._model(wire.parse_input({"prompt": "x", **fields}), "second") == model
+    assert service.model_of(wire.parse_input({"prompt": "x", **fields}), "second") == model
 
 
 def test_a_model_that_is_not_served_is_named(service: Service) -> None:
     with pytest.raises(InputError, match="first, second") as refused:
-        service._model(wire.parse_input({"prompt": "x", "model": "nope"}), "first")
+        service.model_of(wire.parse_input({"prompt": "x", "model": "nope"}), "first")
     assert refused.value.field == "model"
 
 

@@ -8,7 +8,7 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,22 +17,37 @@ from serving import FAKE_ENGINE, SIDE, model_folder, run, until
 from test_realtime import Hold
 
 from lcm_rt import catalog, workers
-from lcm_rt.errors import EngineLost, GenerationFailed, ImageError, Superseded, Unavailable
+from lcm_rt.errors import (
+    EngineLost,
+    GenerationFailed,
+    ImageError,
+    LcmError,
+    ModelLoading,
+    Superseded,
+    Unavailable,
+)
 from lcm_rt.metrics import Metrics
-from lcm_rt.types import GenerateRequest
+from lcm_rt.types import GenerateRequest, Preview
 from lcm_rt.workers import Workers
 
 
 @asynccontextmanager
 async def working(
-    folder: Path, command: tuple[str, ...] = FAKE_ENGINE, hang_timeout_s: float = 60, device: str = "auto"
+    folder: Path,
+    command: tuple[str, ...] = FAKE_ENGINE,
+    hang_timeout_s: float = 60,
+    device: str = "auto",
+    models: Sequence[str] = ("fake",),
+    memory_mb: int | None = None,
 ) -> AsyncIterator[Workers]:
-    spec = await asyncio.to_thread(lambda: catalog.resolve(model_folder(folder / "model")))
+    specs = await asyncio.to_thread(lambda: [catalog.resolve(model_folder(folder / "model", name)) for name in models])
     it = Workers(
-        [spec],
+        specs,
         device=device,
         compile=False,
         threads=None,
+        choice=catalog.Choice(),
+        memory_mb=memory_mb,
         max_rows=4,
         max_pending=8,
         hang_timeout_s=hang_timeout_s,
@@ -175,3 +190,93 @@ async def test_an_engine_that_dies_at_once_is_tried_with_growing_pauses(
     async with working(tmp_path, (sys.executable, "-c", "raise SystemExit(3)")) as it:
         await until(lambda: it._metrics.value("lcm_rt_engine_restarts_total") >= 3)
         assert not it.is_ready
+
+
+@run
+async def test_models_come_and_go(tmp_path: Path) -> None:
+    async with working(tmp_path, models=("fake", "other")) as it:
+        await it.wait_ready()
+        assert [model["state"] for model in it.describe()] == ["ready", "ready"]
+        seen = it.changes
+        it.unload("other")
+        assert it.models["other"].state == "unloading"
+        await it.wait_change(seen)
+        await until(lambda: it.models["other"].state == "unloaded")
+        assert it._metrics.value("lcm_rt_model_bytes") == 10 * 2**20
+        with pytest.raises(ModelLoading):
+            it.submit(GenerateRequest("other", "lake", 0))  # and it is on its way again
+        await it.wait_model("other")
+        assert (await it.submit(GenerateRequest("other", "lake", 0, size=(SIDE, SIDE))).result).model == "other"
+        assert it.is_ready
+
+
+@run
+async def test_a_model_goes_when_its_pictures_are_done(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    async with working(tmp_path, models=("fake", "other")) as it:
+        await it.wait_ready()
+        going = it.submit(request(hold.prompt))
+        await hold.entered()
+        it.unload("fake")
+        hold.release()
+        assert (await going.result).model == "fake"
+        await until(lambda: it.models["fake"].state == "unloaded")
+
+
+@run
+async def test_the_models_longest_unused_make_room(tmp_path: Path) -> None:
+    async with working(tmp_path, models=("a", "b", "c"), memory_mb=25) as it:
+        await it.wait_ready()
+        # The third one found no room, and nobody has asked for it yet.
+        assert [model.state for model in it.models.values()] == ["ready", "ready", "unloaded"]
+        await it.submit(GenerateRequest("a", "lake", 0, size=(SIDE, SIDE))).result
+        await it.wait_model("c")
+        assert [model.state for model in it.models.values()] == ["ready", "unloaded", "ready"]
+        await it.wait_model("b")
+        assert [model.state for model in it.models.values()] == ["unloaded", "ready", "ready"]
+
+
+@run
+async def test_a_model_that_cannot_be_loaded_later_is_told_and_harms_no_other(tmp_path: Path) -> None:
+    async with working(tmp_path, models=("a", "b", "bad-load"), memory_mb=25) as it:
+        await it.wait_ready()
+        with pytest.raises(LcmError, match="no good"):
+            await it.wait_model("bad-load")
+        assert it.describe()[2]["state"] == "failed"
+        assert (await it.submit(GenerateRequest("b", "lake", 0, size=(SIDE, SIDE))).result).model == "b"
+        with pytest.raises(LcmError, match="no good"):
+            await it.wait_model("bad-load")  # it is tried again
+
+
+@run
+async def test_an_engine_that_comes_back_loads_what_was_there(tmp_path: Path) -> None:
+    async with working(tmp_path, models=("fake", "other")) as it:
+        await it.wait_ready()
+        it.unload("fake")
+        await until(lambda: it.models["fake"].state == "unloaded")
+        pid = it.pid
+        assert pid
+        os.kill(pid, 9)
+        await until(lambda: it.models["other"].state == "loading")
+        await it.wait_ready()
+        assert [model.state for model in it.models.values()] == ["unloaded", "ready"]
+
+
+@run
+async def test_previews_come_before_the_result(tmp_path: Path) -> None:
+    async with working(tmp_path) as it:
+        await it.wait_ready()
+        seen: list[Preview] = []
+        wanted = dataclasses.replace(request("lake"), num_inference_steps=4, previews=True)
+        result = await it.submit(wanted, on_preview=seen.append).result
+        assert [(preview.step, preview.num_inference_steps) for preview in seen] == [(1, 4), (2, 4), (3, 4)]
+        assert all((preview.width, preview.height) == (SIDE, SIDE) for preview in seen)
+        assert result.num_inference_steps == 4
+
+
+@run
+async def test_a_flagged_picture_says_so(tmp_path: Path) -> None:
+    async with working(tmp_path) as it:
+        await it.wait_ready()
+        assert (await it.submit(request("nsfw")).result).flagged
+        assert not (await it.submit(dataclasses.replace(request("nsfw"), safety=False)).result).flagged

@@ -14,6 +14,8 @@ import string
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -465,6 +467,89 @@ def draw(
     small = torch.maximum(disc_mask * (1 - below(bank)), house).expand(b, 1, size, size)
     focus = F.avg_pool2d(small, size // LATENT)
     return Picture(canvas.clamp(0, 1) * 2 - 1, focus, place)
+
+
+# Holes and styles
+
+
+def hole(focus: Tensor, rng: random.Random, *, size: int = SIZE) -> Tensor:
+    """A mask for inpainting, (1, size, size) float32: 1 where the picture is to be painted anew, 0 where it is kept.
+
+    Blobs, boxes, halves, all but a box, everything, or the small things of the picture with some air around
+    them, which are where ``focus`` (1, 32, 32) says.
+    """
+    kind = rng.choices(("blob", "box", "half", "thing", "frame", "all"), (30, 24, 16, 22, 5, 3))[0]
+    if kind == "thing" and focus.max() > 0.2:
+        air = rng.choice((3, 5, 7, 9))
+        wide = F.max_pool2d(focus[None], air, 1, air // 2)
+        return (F.interpolate(wide, size=(size, size), mode="bilinear")[0] > 0.3).float()
+    if kind == "blob":
+        cells = rng.choice((3, 4, 6))
+        field = torch.tensor([rng.gauss(0, 1) for _ in range(cells * cells)]).view(1, 1, cells, cells)
+        field = F.interpolate(field, size=(size, size), mode="bicubic", align_corners=False)[0]
+        return (field > field.flatten()[::97].quantile(rng.uniform(0.35, 0.9))).float()
+    mask = torch.zeros(1, size, size)
+    if kind == "half":
+        cut = int(size * rng.uniform(0.25, 0.75))
+        mask[:, :cut] = 1
+        for _ in range(rng.randrange(4)):
+            mask = mask.rot90(1, (1, 2))
+        return mask.contiguous()
+    width, height = (int(size * rng.uniform(0.2, 0.75)) for _ in range(2))
+    left, top = rng.randrange(size - width + 1), rng.randrange(size - height + 1)
+    mask[:, top : top + height, left : left + width] = 1
+    if kind == "all":
+        return torch.ones_like(mask)
+    return 1 - mask if kind == "frame" else mask
+
+
+INK, PAPER = np.array((0.10, 0.11, 0.20), np.float32), np.array((0.97, 0.94, 0.86), np.float32)
+LIGHTNESS = np.array((0.3, 0.59, 0.11), np.float32)
+
+
+def restyle(pixels: npt.NDArray[np.uint8], style: str) -> npt.NDArray[np.uint8]:
+    """The same pictures in another style.
+
+    Args:
+        pixels: (..., H, W, 3) uint8 sRGB.
+        style: ``"ink"``: washes of ink in a few tones on cream paper, a trace of the colours, and a line wherever
+            they change; by night the lines are white.
+
+    Raises:
+        KeyError: there is no such style.
+    """
+    colour = (pixels / 255).astype(np.float32)
+    styled: npt.NDArray[np.uint8] = np.rint(STYLES[style](colour).clip(0, 1) * 255).astype(np.uint8)
+    return styled
+
+
+def _ink(colour: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    down, right = np.gradient(_soften(colour), axis=(-3, -2))
+    change = np.sqrt((down**2 + right**2).sum(-1, keepdims=True)) * (colour.shape[-2] / SIZE)
+    line = (30 * change - 0.5).clip(0, 1)
+    light = (colour @ LIGHTNESS)[..., None]
+    night = (6 - 20 * light.mean((-3, -2), keepdims=True)).clip(0, 1)
+    tones = 3.5 * light
+    wash = (np.floor(tones) + (tones % 1 * 3 - 1).clip(0, 1)) / 3.5
+    canvas = INK + (PAPER - INK) * (0.2 + 0.85 * wash - 0.12 * night).clip(0, 1) + 0.22 * (colour - light)
+    pen = INK + (PAPER - INK) * 0.85 * night
+    drawn: npt.NDArray[np.float32] = canvas + (pen - canvas) * 0.92 * line
+    return drawn
+
+
+def _soften(colour: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """A blur of 7x7 pixels with binomial weights."""
+    for axis in (-3, -2):
+        rim = [(0, 0)] * colour.ndim
+        rim[axis] = (3, 3)
+        padded, n = np.pad(colour, rim, mode="edge"), colour.shape[axis]
+        colour = np.zeros_like(colour)
+        for i, weight in enumerate((1, 6, 15, 20, 15, 6, 1)):
+            colour += np.take(padded, range(i, i + n), axis) * np.float32(weight / 64)
+    return colour
+
+
+STYLES = {"ink": _ink}
 
 
 def _slope(line: Tensor) -> Tensor:

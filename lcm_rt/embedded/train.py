@@ -1,8 +1,8 @@
-"""Train the embedded model from nothing: autoencoder, text encoder, scenes, UNet, export.
+"""Train the embedded model from nothing: autoencoder, text encoder, scenes, UNet, export; then its companions.
 
 ``python -m lcm_rt.embedded.train`` does all of it; every stage leaves a file in ``--work`` and is skipped or
-resumed when that file is there. Knows the drawings of ``scenes`` and the diffusers folder format; knows
-nothing of the server.
+resumed when that file is there. The companions (a ControlNet, a LoRA) need the exported folder and nothing else.
+Knows the drawings of ``scenes`` and the diffusers folder format; knows nothing of the server.
 """
 
 from __future__ import annotations
@@ -17,102 +17,53 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, LCMScheduler, UNet2DConditionModel
-from PIL import Image
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from lcm_rt.embedded import MODEL_DIR, scenes
+from lcm_rt.embedded.controlnet import train_controlnet
+from lcm_rt.embedded.lora import train_lora
+from lcm_rt.embedded.muon import Muon
+from lcm_rt.embedded.networks import (
+    CONTEXT,
+    TOKENS,
+    lcm_times,
+    load_autoencoder,
+    load_text,
+    new_autoencoder,
+    new_scheduler,
+    new_text_encoder,
+    new_unet,
+    tokenize,
+)
+from lcm_rt.embedded.plan import (
+    RANK,
+    TEACHER,
+    WORLD,
+    Plan,
+    agree,
+    from_bytes,
+    rate,
+    save,
+    save_grid,
+    scene_batch,
+    share,
+    to_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("autoencoder", "text", "render", "unet", "decoder", "export")
-TOKENS = 77
-CONTEXT = 128  # width of the text encoder
-CHANNELS = (32, 64, 128)
-TEACHER = 0.75  # too many walks on blurred predictions of unknown layouts teach blur
 SHARD = 512
-WIDTH = 16  # of the autoencoder: the only one that decodes 256 pixels in under 20 ms on two cores
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What one training run is asked to do."""
-
-    out: Path
-    work: Path
-    steps: int
-    seed: int
-    device: torch.device
-    batch: int
-    autoencoder_steps: int
-    text_steps: int
-    decoder_steps: int
-    pictures: int
-
-    def rng(self, stage: str) -> random.Random:
-        return random.Random(f"{stage}-{self.seed}")
-
-
-def save(state: object, path: Path) -> None:
-    """Write atomically, so that a killed run never leaves half a checkpoint."""
-    if RANK:
-        return
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-# One process per core beats threads on a shared machine:
-# ``torchrun --standalone --nproc-per-node 2 -m lcm_rt.embedded.train``.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def share(model: nn.Module) -> None:
-    """Give every process the first one's weights."""
-    if WORLD > 1:
-        for p in model.state_dict().values():
-            dist.broadcast(p, 0)
-
-
-def agree(model: nn.Module) -> None:
-    """Average the gradients over the processes."""
-    if WORLD > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads]) / WORLD
-        dist.all_reduce(flat)
-        for g, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
-            g.copy_(part.view_as(g))
-
-
-def rate(step: int, steps: int, peak: float, warm: int = 50) -> float:
-    """Learning rate: a linear warm-up, the peak, and a linear way down over the last two fifths."""
-    left = (steps - step) / max(0.4 * steps, 1)
-    return peak * min(1.0, (step + 1) / warm, max(left, 0.01))
-
-
-def scene_batch(plan_seed: int, first: int, count: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Scenes ``first`` to ``first + count`` of an endless seeded book: said (B, attributes), z, captions."""
-    rng = random.Random(plan_seed * 1_000_003 + first)
-    said = [scenes.speak(rng) for _ in range(count)]
-    captions = [scenes.caption(row, rng) for row in said]
-    generator = torch.Generator().manual_seed(plan_seed * 1_000_003 + first)
-    return torch.tensor(said), torch.randn(count, 4, scenes.GRID, scenes.GRID, generator=generator), captions
 
 
 # Autoencoder
-
-
-def new_autoencoder() -> AutoencoderTiny:
-    return AutoencoderTiny(
-        encoder_block_out_channels=(WIDTH,) * 4, decoder_block_out_channels=(WIDTH,) * 4, scaling_factor=1.0
-    )
 
 
 @torch.no_grad()
@@ -251,29 +202,6 @@ def bytes_to_unicode() -> dict[int, str]:
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids (B, 77) int64, padded as the pipelines pad."""
-    options = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
-    ids: Tensor = tokenizer(captions, **options).input_ids
-    return ids
-
-
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=CONTEXT,
-        intermediate_size=4 * CONTEXT,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        projection_dim=CONTEXT,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
-
-
 def train_text(plan: Plan) -> None:
     """Teach the text encoder to name what a caption says, from every position after its end.
 
@@ -313,22 +241,7 @@ def train_text(plan: Plan) -> None:
     save({"model": model.state_dict(), "heads": heads.state_dict()}, path)
 
 
-def load_text(plan: Plan) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    tokenizer = CLIPTokenizer.from_pretrained(plan.work / "tokenizer", model_max_length=TOKENS)
-    model = new_text_encoder(tokenizer)
-    model.load_state_dict(torch.load(plan.work / "text.pt")["model"])
-    return tokenizer, model.eval().requires_grad_(False).to(plan.device)
-
-
 # Render
-
-
-def load_autoencoder(plan: Plan) -> AutoencoderTiny:
-    model = new_autoencoder()
-    model.load_state_dict(torch.load(plan.work / "autoencoder.pt"))
-    if (plan.work / "decoder.pt").exists():
-        model.decoder.load_state_dict(torch.load(plan.work / "decoder.pt"))
-    return model.eval().requires_grad_(False).to(plan.device, memory_format=torch.channels_last)
 
 
 def train_render(plan: Plan) -> None:
@@ -414,20 +327,6 @@ class Book:
 # UNet
 
 
-def new_unet() -> UNet2DConditionModel:
-    """Attention at 8x8 only: words speak of the whole picture, and a step costs 1.6 times less."""
-    return UNet2DConditionModel(
-        sample_size=scenes.LATENT,
-        block_out_channels=CHANNELS,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        cross_attention_dim=CONTEXT,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-
-
 @torch.no_grad()
 def begin_with_layout(model: UNet2DConditionModel) -> None:
     """Wire four channels so that the 8x8 level begins with the layout in them: block sums of the input over four.
@@ -448,76 +347,6 @@ def begin_with_layout(model: UNet2DConditionModel) -> None:
         for down in block.downsamplers or ():
             down.conv.weight[:4], down.conv.bias[:4] = 0, 0
             down.conv.weight[:4, :4] = eye[:, :, None, None] * box
-
-
-def new_scheduler() -> LCMScheduler:
-    return LCMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        original_inference_steps=50,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,
-        prediction_type="v_prediction",
-        timestep_scaling=10.0,
-    )
-
-
-def lcm_times(steps: int) -> list[int]:
-    """The timesteps of an LCM schedule of so many steps, 999 first."""
-    return [999 - 20 * (i * 50 // steps) for i in range(steps)]
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates for matrices (Jordan et al. 2024), Adam for the rest.
-
-    Updates are scaled to Adam's usual size (Liu et al. 2025), so that one learning rate serves both.
-    """
-
-    def __init__(self, model: nn.Module, peak: float) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        ends = ("conv_in", "conv_out", "time_embedding")
-        matrix = [p for name, p in named if p.ndim >= 2 and not name.startswith(ends)]
-        rest = [p for name, p in named if p.ndim < 2 or name.startswith(ends)]
-        groups = [{"params": matrix, "muon": True}, {"params": rest, "muon": False}]
-        super().__init__(groups, {"peak": peak, "lr": 0.0, "decay": 0.01})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"], state["first"] = 0, torch.zeros_like(p)
-                    if not group["muon"]:
-                        state["second"] = torch.zeros_like(p)
-                state["step"] += 1
-                if group["muon"]:
-                    state["first"].lerp_(p.grad, 0.05)
-                    update = orthogonal(torch.lerp(p.grad, state["first"], 0.95).flatten(1)).view_as(p)
-                    p.mul_(1 - group["lr"] * group["decay"])
-                else:
-                    state["first"].lerp_(p.grad, 0.1)
-                    state["second"].lerp_(p.grad.square(), 0.02)
-                    first = state["first"] / (1 - 0.9 ** state["step"])
-                    update = first / ((state["second"] / (1 - 0.98 ** state["step"])).sqrt() + 1e-8)
-                p.add_(update, alpha=-group["lr"])
-
-
-def orthogonal(g: Tensor) -> Tensor:
-    """Newton-Schulz: the nearest matrix with equal singular values, scaled to a mean square of about 0.2²."""
-    wide = g.shape[0] <= g.shape[1]
-    x = g if wide else g.T
-    x = x / (x.norm() + 1e-7)
-    for _ in range(4):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    scale: float = 0.2 * math.sqrt(max(g.shape))
-    result: Tensor = (x if wide else x.T) * scale
-    return result
 
 
 LATE = 0.88
@@ -722,12 +551,6 @@ def sheet(plan: Plan, unet: nn.Module, tokenizer: CLIPTokenizer, text: CLIPTextM
     save_grid(autoencoder.decoder(denoised).cpu(), path, columns=len(PROMPTS))
 
 
-def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    n, c, h, w = images.shape
-    grid = to_bytes(images).view(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2)
-    Image.fromarray(grid.reshape(n // columns * h, columns * w, c).numpy()).save(path)
-
-
 # Decoder
 
 
@@ -819,14 +642,16 @@ def train_export(plan: Plan) -> None:
     logger.info("exported %s, %.1f MB", plan.out, size / 1e6)
 
 
-def to_bytes(image: Tensor) -> Tensor:
-    """[-1, 1] float to uint8."""
-    return ((image.clamp(-1, 1) + 1) * 127.5).round().byte()
-
-
-def from_bytes(image: Tensor) -> Tensor:
-    """uint8 to [-1, 1] float32."""
-    return image.float() / 127.5 - 1
+STAGES = {
+    "autoencoder": train_autoencoder,
+    "text": train_text,
+    "render": train_render,
+    "unet": train_unet,
+    "decoder": train_decoder,
+    "export": train_export,
+    "controlnet": train_controlnet,
+    "lora": train_lora,
+}
 
 
 def main() -> None:
@@ -839,6 +664,8 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=3000)
     parser.add_argument("--text-steps", type=int, default=600)
     parser.add_argument("--decoder-steps", type=int, default=1000)
+    parser.add_argument("--controlnet-steps", type=int, default=4000)
+    parser.add_argument("--lora-steps", type=int, default=800)
     parser.add_argument("--pictures", type=int, default=32_000)
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this stage (may be repeated)")
     parser.add_argument("--device", default="auto")
@@ -855,11 +682,11 @@ def main() -> None:
     )
     if WORLD > 1:
         dist.init_process_group("gloo")
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // WORLD))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 2) // WORLD)))
     torch.set_flush_denormal(True)  # soft masks underflow; denormals would make drawing eight times slower
-    for stage in STAGES:
+    for stage, train in STAGES.items():
         if stage in stages:
-            globals()[f"train_{stage}"](plan)
+            train(plan)
 
 
 if __name__ == "__main__":

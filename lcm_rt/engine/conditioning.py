@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,42 +12,60 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lcm_rt.engine.adapters import Adapter, applied
 from lcm_rt.engine.models import Model
+from lcm_rt.engine.trajectory import Prompt
 
 CACHED_PROMPTS = 256  # 60 MB for Stable Diffusion's text encoder in float32
 
 
 class Prompts:
-    """Prompt embeddings, the newest ones remembered: realtime clients send the same prompt with each new sketch."""
+    """Prompts as ``model`` reads them, the newest remembered: realtime clients send one with each new sketch."""
 
-    def __init__(self, size: int = CACHED_PROMPTS) -> None:
+    def __init__(self, model: Model, size: int = CACHED_PROMPTS) -> None:
+        self._model = model
         self._size = size
-        self._kept: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str | None, float], Prompt] = OrderedDict()
 
-    def embed(self, model: Model, prompt: str) -> Tensor:
-        """Embeddings of ``prompt``, (tokens, width); words past the model's limit are cut off."""
-        key = (model.name, prompt)
+    def read(self, text: str, adapter: Adapter | None = None, scale: float = 0.0) -> Prompt:
+        """``text`` through the text encoders, with a LoRA at ``scale``; words past the model's limit are cut off."""
+        key = (text, adapter.id if adapter else None, scale if adapter else 0.0)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        embedding = _embed(model, prompt)
-        self._kept[key] = embedding
+        prompt = self._read(text, adapter, scale)
+        self._kept[key] = prompt
         while len(self._kept) > self._size:
             self._kept.popitem(last=False)
-        return embedding
+        return prompt
 
-    def forget(self, model: str) -> None:
-        """Drop what was made by an earlier load of ``model``."""
-        for key in [key for key in self._kept if key[0] == model]:
-            del self._kept[key]
+    def nothing(self, prompt: Prompt) -> Prompt:
+        """The empty negative prompt of a model that was trained with noughts for it."""
+        pooled = None if prompt.pooled is None else torch.zeros_like(prompt.pooled)
+        return Prompt(torch.zeros_like(prompt.context), pooled)
+
+    def _read(self, text: str, adapter: Adapter | None, scale: float) -> Prompt:
+        model, read = self._model, []
+        for number, (tokenizer, encoder) in enumerate(model.readers):
+            ids = tokenizer(
+                text, padding="max_length", max_length=model.max_tokens, truncation=True, return_tensors="pt"
+            ).input_ids.to(model.device)
+            with _with(adapter, scale, encoder, "text_encoder_2" if number else "text_encoder"):
+                read.append(encoder(ids, output_hidden_states=model.pooled_width is not None))
+        if model.pooled_width is None:
+            return Prompt(read[0][0][0].to(model.dtype))
+        # XL reads the last layer but one of both encoders, and the second one's idea of the whole.
+        context = torch.cat([output.hidden_states[-2][0] for output in read], dim=-1)
+        return Prompt(context.to(model.dtype), read[-1][0][0].to(model.dtype))
 
 
-def _embed(model: Model, prompt: str) -> Tensor:
-    ids = model.tokenizer(
-        prompt, padding="max_length", max_length=model.max_tokens, truncation=True, return_tensors="pt"
-    ).input_ids
-    embedding: Tensor = model.text_encoder(ids.to(model.device))[0][0]
-    return embedding.to(model.dtype)
+@contextmanager
+def _with(adapter: Adapter | None, scale: float, network: torch.nn.Module, part: str) -> Iterator[None]:
+    if adapter is None:
+        yield
+        return
+    with applied(network, part, [adapter], torch.tensor([scale], device=next(network.parameters()).device)):
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +85,14 @@ class Randomness:
         return torch.randn((1, *shape), generator=self.generator)[0].to(self.device)
 
 
-def encode_picture(model: Model, image: npt.NDArray[np.uint8], random: Randomness) -> Tensor:
-    """Latents of a picture (C, H, W); a Kullback-Leibler VAE draws them from the distribution that it finds."""
-    # The same arithmetic, in the same order, as diffusers' image processor: the latents are equal to the bit.
-    pixels = torch.from_numpy(image).to(model.device).permute(2, 0, 1)[None].float() / 255.0
-    encoded = model.vae.encode((2.0 * pixels - 1.0).contiguous().to(model.dtype))
+def as_tensor(image: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
+    """A picture (H, W, 3) as floats in 0..1, (3, H, W)."""
+    return torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255.0
+
+
+def encode_picture(model: Model, picture: Tensor, random: Randomness) -> Tensor:
+    """Latents (C, H, W) of a picture in -1..1; a Kullback-Leibler VAE draws them from the distribution it finds."""
+    encoded = model.vae.encode(picture[None].contiguous().to(model.dtype))
     if hasattr(encoded, "latents"):
         latents = encoded.latents[0].float()
     else:
@@ -94,3 +117,8 @@ def latent_mask(mask: npt.NDArray[np.bool_], pixels_per_latent: int, device: tor
     full = torch.from_numpy(mask.astype(np.float32))[None, None]
     size = (mask.shape[0] // pixels_per_latent, mask.shape[1] // pixels_per_latent)
     return torch.nn.functional.interpolate(full, size=size)[0].to(device)
+
+
+def control_picture(picture: Tensor, mask: npt.NDArray[np.bool_]) -> Tensor:
+    """What ControlNet v1.1's inpainting model was trained on: the picture (3, H, W) in 0..1, -1 where to paint."""
+    return picture.masked_fill(torch.from_numpy(mask).to(picture.device), -1.0)

@@ -4,18 +4,18 @@
 
     row = engine.begin(key, request, canvas)     # text, picture and noise become tensors
     engine.step([row, other_row])                # one UNet forward for all of them, until row.done
-    pixels, *_ = engine.finish([row])            # latents become pixels
+    picture, *_ = engine.finish([row])           # latents become pixels
 
-The engine holds models and bounded caches. Everything about a request is in its ``Trajectory``. It belongs to one
-thread.
+The engine holds models and bounded caches. Everything about a request is in its ``Trajectory``.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,189 +26,292 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lcm_rt.catalog import ModelSpec
+from lcm_rt.catalog import Choice, ModelSpec
 from lcm_rt.engine import conditioning, sampling
-from lcm_rt.engine.models import Model, load_model
-from lcm_rt.engine.runner import Runner
-from lcm_rt.engine.trajectory import Bucket, Known, Trajectory
+from lcm_rt.engine.adapters import Adapter, Adapters
+from lcm_rt.engine.models import Model, load_model, weigh
+from lcm_rt.engine.runner import Batch, Runner
+from lcm_rt.engine.trajectory import Bucket, Known, Prompt, Trajectory
 from lcm_rt.errors import GenerationFailed, InputError, LcmError, ModelLoading, OutOfMemory
+from lcm_rt.hub import File, Parts, locate
 from lcm_rt.images import Canvas
 from lcm_rt.types import GenerateRequest
 
 logger = logging.getLogger(__name__)
 
-Pixels = npt.NDArray[np.uint8]
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Pixels (H, W, 3), uint8. A picture that the safety checker flagged is black."""
+
+    pixels: npt.NDArray[np.uint8]
+    flagged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Served:
     model: Model
     runner: Runner
+    prompts: conditioning.Prompts
+    bytes: int
 
 
 class Engine:
-    """Models on one device.
+    """Models on one device. ``load`` and ``adapter`` may be called from any thread, the verbs from one only.
 
     Args:
         device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU where there is one.
         compile: compile the networks when a model is loaded (half a minute and more), for faster steps.
         threads: of the CPU's arithmetic; None leaves it to torch.
+        choice: which companions of the models are wanted.
+        memory_bytes: how much the weights of all models may take; None is most of what the device has.
+        adapter_bytes: how much the LoRAs in memory may take.
     """
 
-    def __init__(self, *, device: str = "auto", compile: bool = False, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        device: str = "auto",
+        compile: bool = False,
+        threads: int | None = None,
+        choice: Choice = Choice(),  # noqa: B008  it is frozen
+        memory_bytes: int | None = None,
+        adapter_bytes: int = 2**30,
+    ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         # bfloat16 has float32's range: no overflow to watch for in the VAE. On a CPU, float32 is the exact reference.
         self._dtype = torch.float32 if self._device.type == "cpu" else torch.bfloat16
         self._compile = compile
+        self._choice = choice
         self._served: dict[str, _Served] = {}
-        self._prompts = conditioning.Prompts()
+        self._used: dict[str, None] = {}  # names of the served, longest unused first
+        self._adapters = Adapters(adapter_bytes)
+        self._memory_bytes = int(0.7 * _memory_of(self._device)) if memory_bytes is None else memory_bytes
         self.device_name = _name(self._device)
         if threads is not None:
             torch.set_num_threads(threads)
 
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes that the models take, and that they may take."""
+        return sum(served.bytes for served in list(self._served.values())), self._memory_bytes
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the models that can begin a picture; the one longest unused is first."""
+        return list(self._used)
+
+    def locate(self, spec: ModelSpec, report: Callable[[str, float], None]) -> tuple[Parts, int]:
+        """Where the files of a model are, downloaded if need be, and how many bytes its weights will take.
+
+        Raises:
+            LcmError: they are nowhere, or are of a kind that is not served.
+        """
+        report("files", 0.0)
+        done: dict[str, int] = {}
+        sizes: dict[str, int] = {}
+
+        def count(file: File, received: int) -> None:
+            name = f"{file.repo}/{file.name}"
+            done[name], sizes[name] = received, file.size
+            report("download", sum(done.values()) / max(1, sum(sizes.values())))
+
+        parts = locate(spec, self._choice, count)
+        return parts, weigh(parts, self._dtype)
+
     @torch.inference_mode()
-    def load(self, spec: ModelSpec, report: Callable[[str, float], None]) -> None:
+    def load(self, spec: ModelSpec, parts: Parts, report: Callable[[str, float], None]) -> None:
         """Load a model and run it once; a model of the same name is replaced.
 
         ``report`` is told the stage ("weights", "compile" or "warm-up") and how much of it is done, 0 to 1.
         """
         report("weights", 0.0)
         with _memory():
-            model = load_model(spec, self._device, self._dtype)
+            model = load_model(spec, parts, self._device, self._dtype)
             report("weights", 1.0)
-            runner = Runner(model, compile=self._compile)
+            served = _Served(model, Runner(model, compile=self._compile), conditioning.Prompts(model), model.bytes)
             stage = "compile" if self._compile else "warm-up"
             report(stage, 0.0)
-            runner.warm_up(spec.size // model.pixels_per_latent, lambda fraction: report(stage, fraction))
-        self._prompts.forget(spec.name)
-        self._served[spec.name] = _Served(model, runner)
-        try:
-            # A whole picture, so that the text encoder and the small kernels have run too.
-            row = self.begin(0, GenerateRequest(spec.name, "", 0, num_inference_steps=1), Canvas(spec.size, spec.size))
-            self.step([row])
-            (pixels,) = self.finish([row])
-            if isinstance(pixels, LcmError):
-                raise pixels
-        except Exception:
-            del self._served[spec.name]
-            raise
+            side = model.side // model.pixels_per_latent
+            served.runner.warm_up(side, lambda fraction: report(stage, fraction))
+        # A whole picture, so that the text encoders and the small kernels have run too.
+        request = GenerateRequest(spec.name, "", 0, num_inference_steps=1)
+        row = self._begin(served, 0, request, Canvas(model.side, model.side), None)
+        self._step(served, [row])
+        (picture,) = self._decode(served, [row.latents], [row])
+        if isinstance(picture, LcmError):
+            raise picture
+        self._served[spec.name] = served
+        self._used[spec.name] = None
         report("warm-up", 1.0)
 
+    def defaults(self, name: str) -> tuple[int, int]:
+        """Side in pixels and number of steps of a picture for which nobody gave them. Raises: ModelLoading."""
+        model = self._serving(name).model
+        return model.side, model.steps
+
+    def unload(self, name: str) -> None:
+        """Forget a model; none of its rows may be under way."""
+        del self._served[name], self._used[name]
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def adapter(self, request: GenerateRequest) -> Adapter | None:
+        """The LoRA of a request, read and on the device; it takes a while the first time.
+
+        Raises:
+            InputError: it does not fit the model, or is no LoRA.
+        """
+        if request.lora is None:
+            return None
+        model = self._serving(request.model).model
+        path = Path(request.lora)
+        return self._adapters.get(path, path.stem, model.name, model.networks, self._device, self._dtype)
+
     @torch.inference_mode()
-    def begin(self, key: int, request: GenerateRequest, canvas: Canvas) -> Trajectory:
+    def begin(self, key: int, request: GenerateRequest, canvas: Canvas, adapter: Adapter | None = None) -> Trajectory:
         """Encode the prompt and the picture, draw the noise; ``canvas`` is the request's picture and size.
 
         Raises:
             LcmError: this request cannot be served.
         """
-        if request.model not in self._served:
-            raise ModelLoading(f"model {request.model!r} is not loaded")
-        model = self._served[request.model].model
-        height, width = (side // model.pixels_per_latent for side in (canvas.height, canvas.width))
-        if (height * model.pixels_per_latent, width * model.pixels_per_latent) != (canvas.height, canvas.width):
-            raise InputError("image_size", f"both sides must be multiples of {model.pixels_per_latent}")
-        guided = model.guidance_dim is None and request.guidance_scale > 1
-        with _memory():
-            started = time.perf_counter()
-            context, embedding = self._condition(model, request, guided)
-            encoding = time.perf_counter()
-            has_image = canvas.image is not None
-            visited = sampling.timesteps(
-                request.num_inference_steps,
-                request.strength if has_image else 1.0,
-                model.schedule.original_steps,
-                len(model.schedule.alphas_cumprod),
-            )
-            coefficients = sampling.coefficients(model.schedule, visited).to(self._device)
-            shape = (model.latent_channels, height, width)
-            # The order of the draws is that of diffusers' pipelines, so that a seed means the same picture there.
-            random = conditioning.Randomness.of(request.seed, self._device)
-            x0 = None if canvas.image is None else conditioning.encode_picture(model, canvas.image, random)
-            noise = random.normal(shape)
-            known = None
-            latents = noise
-            if x0 is not None:
-                if canvas.mask is not None:
-                    mask = conditioning.latent_mask(canvas.mask, model.pixels_per_latent, self._device)
-                    known = Known(x0, noise, mask)
-                    conditioning.skip_masked_picture(model, shape, random)
-                if known is None or request.strength < 1:
-                    latents = sampling.add_noise(x0, noise, coefficients[0])
-            noises = [random.normal(shape) for _ in visited[1:]] + [torch.zeros_like(noise)]
-            ended = time.perf_counter()
-        return Trajectory(
-            key=key,
-            request=request,
-            bucket=Bucket(model.name, height, width, guided),
-            latents=latents,
-            timesteps=torch.tensor(visited, device=self._device),
-            coefficients=coefficients,
-            noises=torch.stack(noises),
-            context=context,
-            guidance=torch.tensor(request.guidance_scale, device=self._device),
-            guidance_embedding=embedding,
-            known=known,
-            steps=len(visited),
-            timings={"text": encoding - started, "encode": ended - encoding},
-        )
+        served = self._serving(request.model)
+        self._used[request.model] = self._used.pop(request.model)
+        return self._begin(served, key, request, canvas, adapter)
 
     @torch.inference_mode()
     def step(self, batch: Sequence[Trajectory]) -> None:
         """One UNet forward for rows of one bucket, wherever each is on its way; on an exception no row has changed."""
-        started = time.perf_counter()
         bucket = batch[0].bucket
         assert all(row.bucket == bucket and not row.done for row in batch), "rows of one bucket, none done"
-        served = self._served[bucket.model]
-        with _memory():
-            x = torch.stack([row.latents for row in batch])
-            t = torch.stack([row.timesteps[row.index] for row in batch])
-            c = torch.stack([row.coefficients[row.index] for row in batch])
-            noise = torch.stack([row.noises[row.index] for row in batch])
-            output = _predict(served.runner, batch, x, t)
-            schedule = served.model.schedule
-            after = sampling.lcm_step(x, output, c, noise, schedule.prediction, schedule.clip)
-            latents = [_keep_known(row, *pair) for row, *pair in zip(batch, after, c, strict=True)]
-        seconds = time.perf_counter() - started
-        for row, new in zip(batch, latents, strict=True):
-            row.advance(new, seconds)
+        self._step(self._served[bucket.model], batch)
 
     @torch.inference_mode()
-    def finish(self, rows: Sequence[Trajectory]) -> list[Pixels | LcmError]:
-        """Pixels (H, W, 3) of each row, or the error that befell it alone."""
-        results: dict[int, Pixels | LcmError] = {}
+    def finish(self, rows: Sequence[Trajectory]) -> list[Picture | LcmError]:
+        """The picture of each row, or the error that befell it alone."""
+        return self._pictures(rows, [row.latents for row in rows])
+
+    @torch.inference_mode()
+    def preview(self, rows: Sequence[Trajectory]) -> list[Picture | LcmError]:
+        """What each row would be if its last step had been the end: it must have had one."""
+        return self._pictures(rows, [row.denoised for row in rows if row.denoised is not None])
+
+    def _serving(self, name: str) -> _Served:
+        if name not in self._served:
+            raise ModelLoading(f"model {name!r} is not loaded")
+        return self._served[name]
+
+    def _begin(
+        self, served: _Served, key: int, request: GenerateRequest, canvas: Canvas, adapter: Adapter | None
+    ) -> Trajectory:
+        model = served.model
+        height, width = (side // model.pixels_per_latent for side in (canvas.height, canvas.width))
+        if (height * model.pixels_per_latent, width * model.pixels_per_latent) != (canvas.height, canvas.width):
+            raise InputError("image_size", f"both sides must be multiples of {model.pixels_per_latent}")
+        if request.controlnet_inpaint and model.controlnet is None:
+            raise InputError("controlnet_inpaint", f"model {model.name!r} is served without an inpainting ControlNet")
+        with _memory():
+            started = time.perf_counter()
+            prompt = served.prompts.read(request.prompt, adapter, request.lora_scale)
+            negative, embedding = self._guidance(served, request, adapter, prompt)
+            encoding = time.perf_counter()
+            image = None if canvas.image is None else conditioning.as_tensor(canvas.image, self._device)
+            visited = sampling.timesteps(
+                model.schedule, request.num_inference_steps, 1.0 if image is None else request.strength
+            )
+            coefficients = sampling.coefficients(model.schedule, visited).to(self._device)
+            random = conditioning.Randomness.of(request.seed, self._device)
+            latents, known, surroundings = _canvas_latents(
+                model, request.strength, canvas, image, coefficients[0], random, (model.latent_channels, height, width)
+            )
+            noises = [random.normal(latents.shape) for _ in visited[1:]] + [torch.zeros_like(latents)]
+            control = None
+            if request.controlnet_inpaint and image is not None and canvas.mask is not None:
+                control = conditioning.control_picture(image, canvas.mask).to(model.dtype)
+            sizes = (canvas.height, canvas.width, 0, 0, canvas.height, canvas.width)  # as the original, uncropped
+            ended = time.perf_counter()
+        return Trajectory(
+            key=key,
+            request=request,
+            bucket=Bucket(model.name, height, width),
+            latents=latents,
+            timesteps=torch.tensor(visited, device=self._device),
+            coefficients=coefficients,
+            noises=torch.stack(noises),
+            prompt=prompt,
+            negative=negative,
+            guidance=torch.tensor(request.guidance_scale, device=self._device),
+            guidance_embedding=embedding,
+            size_ids=None if model.pooled_width is None else torch.tensor(sizes, device=self._device).to(model.dtype),
+            known=known,
+            surroundings=surroundings,
+            control=control,
+            adapter=adapter,
+            adapter_scale=torch.tensor(request.lora_scale if adapter else 0.0, device=self._device),
+            steps=len(visited),
+            timings={"text": encoding - started, "encode": ended - encoding},
+        )
+
+    def _guidance(
+        self, served: _Served, request: GenerateRequest, adapter: Adapter | None, prompt: Prompt
+    ) -> tuple[Prompt | None, Tensor | None]:
+        """How a row is pushed towards its prompt: by a second row without it, or by an embedding, or not at all."""
+        model = served.model
+        if model.guidance_dim is not None:
+            w = torch.tensor([request.guidance_scale - 1])
+            embedding = sampling.guidance_embedding(w, model.guidance_dim)[0]
+            return None, embedding.to(self._device, model.dtype)
+        if request.guidance_scale <= 1:
+            return None, None
+        if model.zero_negative and not request.negative_prompt:
+            return served.prompts.nothing(prompt), None
+        return served.prompts.read(request.negative_prompt, adapter, request.lora_scale), None
+
+    def _step(self, served: _Served, batch: Sequence[Trajectory]) -> None:
+        started = time.perf_counter()
+        schedule = served.model.schedule
+        with _memory():
+            x = torch.stack([row.latents for row in batch])
+            c = torch.stack([row.coefficients[row.index] for row in batch])
+            noise = torch.stack([row.noises[row.index] for row in batch])
+            denoised = sampling.denoise(x, _predict(served.runner, batch, x), c, schedule)
+            after = sampling.renoise(x, denoised, c, noise, schedule)
+            latents = [_keep_known(row, *pair) for row, *pair in zip(batch, after, c, strict=True)]
+        seconds = time.perf_counter() - started
+        for row, new, clean in zip(batch, latents, denoised, strict=True):
+            row.advance(new, clean, seconds)
+
+    def _pictures(self, rows: Sequence[Trajectory], latents: Sequence[Tensor]) -> list[Picture | LcmError]:
+        results: dict[int, Picture | LcmError] = {}
         if self._device.type == "cuda":
             started = time.perf_counter()
             torch.cuda.synchronize(self._device)  # the steps run behind; their time is not the VAE's
             for row in rows:
                 row.timings["denoise"] = row.timings.get("denoise", 0.0) + time.perf_counter() - started
         order = sorted(range(len(rows)), key=lambda i: rows[i].bucket)
-        for (name, *_), group in groupby(order, key=lambda i: rows[i].bucket[:3]):
+        for (name, *_), group in groupby(order, key=lambda i: rows[i].bucket):
             same = list(group)
-            decoded = self._decode(self._served[name].runner, [rows[i] for i in same])
+            decoded = self._decode(self._served[name], [latents[i] for i in same], [rows[i] for i in same])
             results.update(zip(same, decoded, strict=True))
         return [results[i] for i in range(len(rows))]
 
-    def _condition(self, model: Model, request: GenerateRequest, guided: bool) -> tuple[Tensor, Tensor | None]:
-        context = self._prompts.embed(model, request.prompt)
-        if guided:
-            return torch.stack([self._prompts.embed(model, request.negative_prompt), context]), None
-        if model.guidance_dim is None:
-            return context, None
-        w = torch.tensor([request.guidance_scale - 1])
-        return context, sampling.guidance_embedding(w, model.guidance_dim)[0].to(self._device, model.dtype)
-
-    def _decode(self, runner: Runner, rows: list[Trajectory]) -> list[Pixels | LcmError]:
+    def _decode(self, served: _Served, latents: list[Tensor], rows: list[Trajectory]) -> list[Picture | LcmError]:
         started = time.perf_counter()
         failure: LcmError
         try:
             with _memory():
-                latents = torch.stack([row.latents for row in rows])
-                pixels = runner.decode(latents)
-                fine = latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)
-                pictures = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-                results = list(zip(pictures, fine.tolist(), strict=True))
+                clean = torch.stack(latents)
+                decoded = served.runner.decode(clean)
+                fine = clean.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)
+                pixels = (decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
+                checking = time.perf_counter()
+                flagged = _flag(served.model, pixels, rows)
+                shown = torch.where(flagged[:, None, None, None], 0, pixels).cpu().numpy()
+                results = list(zip(shown, fine.tolist(), flagged.tolist(), strict=True))
         except OutOfMemory as error:
             failure = error
         except Exception:
@@ -216,28 +319,97 @@ class Engine:
             failure = GenerationFailed("the engine could not decode this picture")
         else:
             for row in rows:
-                row.timings["vae"] = time.perf_counter() - started
+                row.timings["vae"] = row.timings.get("vae", 0.0) + checking - started
+                row.timings["safety"] = row.timings.get("safety", 0.0) + time.perf_counter() - checking
             bad = GenerationFailed("the model produced values that are not numbers")
-            return [picture if good else bad for picture, good in results]
+            return [Picture(picture, flag) if good else bad for picture, good, flag in results]
         # Out of the except block: a live exception would keep the batch's tensors in memory.
-        return [failure] if len(rows) == 1 else [result for row in rows for result in self._decode(runner, [row])]
+        if len(rows) == 1:
+            return [failure]
+        return [self._decode(served, [one], [row])[0] for one, row in zip(latents, rows, strict=True)]
 
 
-def _predict(runner: Runner, batch: Sequence[Trajectory], x: Tensor, t: Tensor) -> Tensor:
-    """The network's opinion on each row; guided rows are asked twice, in the same forward pass."""
-    if batch[0].bucket.guided:
-        context = torch.stack([row.context for row in batch]).transpose(0, 1).flatten(0, 1)
-        without, with_prompt = runner.predict(x.repeat(2, 1, 1, 1), t.repeat(2), context, None).chunk(2)
-        return sampling.guide(with_prompt, without, torch.stack([row.guidance for row in batch]))
-    embeddings = [row.guidance_embedding for row in batch if row.guidance_embedding is not None]
-    context = torch.stack([row.context for row in batch])
-    return runner.predict(x, t, context, torch.stack(embeddings) if embeddings else None)
+def _canvas_latents(
+    model: Model,
+    strength: float,
+    canvas: Canvas,
+    image: Tensor | None,
+    c: Tensor,
+    random: conditioning.Randomness,
+    shape: tuple[int, int, int],
+) -> tuple[Tensor, Known | None, Tensor | None]:
+    """Where the picture begins, what of it is kept, and what a UNet with nine channels is told beside.
+
+    The order of the draws is that of diffusers' pipelines, so that a seed means the same picture there.
+    """
+    picture = None if image is None else 2.0 * image - 1.0
+    begins_as_noise = picture is None or (canvas.mask is not None and strength == 1)
+    x0 = None
+    if picture is not None and not (model.takes_mask and begins_as_noise):
+        x0 = conditioning.encode_picture(model, picture, random)
+    noise = random.normal(shape)
+    known, surroundings = None, None
+    if model.takes_mask:
+        # Without a mask everything is painted, and nothing shows of the picture.
+        mask = np.ones((canvas.height, canvas.width), dtype=bool) if canvas.mask is None else canvas.mask
+        shown = torch.zeros(3, canvas.height, canvas.width, device=noise.device) if picture is None else picture
+        masked = shown.masked_fill(torch.from_numpy(mask).to(noise.device), 0.0)
+        where = conditioning.latent_mask(mask, model.pixels_per_latent, noise.device)
+        surroundings = torch.cat([where, conditioning.encode_picture(model, masked, random)]).to(model.dtype)
+    elif canvas.mask is not None and x0 is not None:
+        known = Known(x0, noise, conditioning.latent_mask(canvas.mask, model.pixels_per_latent, noise.device))
+        conditioning.skip_masked_picture(model, shape, random)
+    if begins_as_noise or x0 is None:
+        return sampling.pure_noise(model.schedule, noise, c), known, surroundings
+    return sampling.add_noise(x0, noise, c), known, surroundings
+
+
+def _predict(runner: Runner, batch: Sequence[Trajectory], x: Tensor) -> Tensor:
+    """The network's opinion on each row; guided rows are asked twice, in the same forward."""
+    guided = [i for i, row in enumerate(batch) if row.negative is not None]
+    rows = [*batch, *(batch[i] for i in guided)]
+    prompts = [row.prompt for row in batch] + [row.negative for row in batch if row.negative is not None]
+    output = runner.predict(
+        Batch(
+            x=torch.cat([x, *(x[i : i + 1] for i in guided)]),
+            timesteps=torch.stack([row.timesteps[row.index] for row in rows]),
+            context=torch.stack([prompt.context for prompt in prompts]),
+            guidance_embedding=_stack(row.guidance_embedding for row in rows),
+            pooled=_stack(prompt.pooled for prompt in prompts),
+            size_ids=_stack(row.size_ids for row in rows),
+            surroundings=_stack(row.surroundings for row in rows),
+            controls=[row.control for row in rows],
+            adapters=[row.adapter for row in rows],
+            adapter_scales=torch.stack([row.adapter_scale for row in rows]),
+        )
+    )
+    opinions = list(output[: len(batch)])
+    for i, without in zip(guided, output[len(batch) :], strict=True):
+        opinions[i] = sampling.guide(opinions[i], without, batch[i].guidance)
+    return torch.stack(opinions)
+
+
+def _stack(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    """One tensor for all rows; they have it all, or none has it, as their model is."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(found) if found else None
 
 
 def _keep_known(row: Trajectory, latents: Tensor, c: Tensor) -> Tensor:
     if row.known is None:
         return latents
     return sampling.keep_outside(latents, row.known.mask, row.known.latents, row.known.noise, c)
+
+
+def _flag(model: Model, pixels: Tensor, rows: Sequence[Trajectory]) -> Tensor:
+    """Which of the pictures (B, H, W, 3) the checker takes for unsafe, (B,) bool; only those that want it are asked."""
+    flagged = torch.zeros(len(rows), dtype=torch.bool, device=pixels.device)
+    asking = [i for i, row in enumerate(rows) if row.request.safety]
+    if model.safety is None or not asking:
+        return flagged
+    for i, flag in zip(asking, model.safety.flag(torch.stack([pixels[i] for i in asking])), strict=True):
+        flagged[i] = flag
+    return flagged
 
 
 @contextmanager
@@ -247,6 +419,12 @@ def _memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory("the device is out of memory") from error
+
+
+def _memory_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _name(device: torch.device) -> str:

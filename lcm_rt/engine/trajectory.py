@@ -6,20 +6,29 @@ The name is the consistency papers': a picture's path along the probability-flow
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from lcm_rt.types import GenerateRequest
 
+if TYPE_CHECKING:
+    from lcm_rt.engine.adapters import Adapter
+
 
 class Bucket(NamedTuple):
-    """What rows must share to be in one forward; ``guided`` rows pass the network with and without the prompt."""
+    """What rows must share to be in one forward."""
 
     model: str
     height: int
     width: int
-    guided: bool
+
+
+class Prompt(NamedTuple):
+    """A text as the UNet reads it: (tokens, width), and for SDXL the whole of it in one vector (width,)."""
+
+    context: Tensor
+    pooled: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -44,22 +53,30 @@ class Trajectory:
     bucket: Bucket
     latents: Tensor  # (C, H, W), float32
     timesteps: Tensor  # (steps,)
-    coefficients: Tensor  # (steps, 6), see sampling.coefficients
+    coefficients: Tensor  # (steps, 8), see sampling.coefficients
     noises: Tensor  # (steps, C, H, W)
-    context: Tensor  # (tokens, width), or (2, tokens, width) when guided: without the prompt, then with it
+    prompt: Prompt
+    negative: Prompt | None  # with classifier-free guidance: what to be pushed away from, a second row of each forward
     guidance: Tensor  # the scale; () float32
     guidance_embedding: Tensor | None  # (time_cond_proj_dim,)
+    size_ids: Tensor | None  # SDXL's size conditioning, (6,)
     known: Known | None
+    surroundings: Tensor | None  # mask and masked picture for a UNet that takes them, (1 + C, H, W)
+    control: Tensor | None  # the ControlNet's picture, (3, height, width) in pixels
+    adapter: Adapter | None  # the LoRA
+    adapter_scale: Tensor  # () float32
     steps: int
     index: int = 0
+    denoised: Tensor | None = None  # the clean latents that the last step found, (C, H, W)
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
         return self.index >= self.steps
 
-    def advance(self, latents: Tensor, seconds: float) -> None:
-        """Take the latents that a step of ``seconds`` made."""
+    def advance(self, latents: Tensor, denoised: Tensor, seconds: float) -> None:
+        """Take what a step of ``seconds`` made."""
         self.latents = latents
+        self.denoised = denoised
         self.index += 1
         self.timings["denoise"] = self.timings.get("denoise", 0.0) + seconds

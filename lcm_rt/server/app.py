@@ -15,8 +15,10 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
 from lcm_rt import catalog
+from lcm_rt.egress import Egress
 from lcm_rt.errors import LcmError
 from lcm_rt.files import Files
+from lcm_rt.loras import Loras
 from lcm_rt.metrics import Metrics
 from lcm_rt.server import http
 from lcm_rt.server.realtime import Realtime
@@ -37,18 +39,29 @@ def create_service(settings: Settings) -> Service:
         device=settings.device,
         compile=settings.compile,
         threads=settings.threads,
+        choice=catalog.Choice(vae=settings.vae, safety=settings.safety, controlnet=settings.controlnet),
+        memory_mb=settings.memory_mb,
         max_rows=settings.max_rows,
         max_pending=settings.max_pending,
         hang_timeout_s=settings.hang_timeout_s,
         metrics=metrics,
     )
+    egress = Egress(fetch_private=settings.fetch_private)
     files = Files(
         settings.data_dir / "files",
         ttl_s=settings.file_ttl_s,
         limit_bytes=settings.file_limit_mb * 2**20,
         metrics=metrics,
+        egress=egress,
     )
-    return Service(workers, files, metrics)
+    loras = Loras(
+        settings.data_dir / "loras",
+        files=files,
+        egress=egress,
+        limit_bytes=settings.lora_limit_mb * 2**20,
+        hub=settings.hub_url if settings.lora_hub else None,
+    )
+    return Service(workers, files, loras, metrics, max_side=settings.max_side)
 
 
 def create_app(settings: Settings, service: Service | None = None) -> Starlette:
@@ -75,6 +88,9 @@ def create_app(settings: Settings, service: Service | None = None) -> Starlette:
         Route("/health/live", http.live, methods=["GET"]),
         Route("/metrics", http.metrics, methods=["GET"]),
         Route("/models", http.models, methods=["GET"]),
+        Route("/models/events", http.model_events, methods=["GET"]),
+        Route("/models/{name}/load", http.load_model, methods=["POST"]),
+        Route("/models/{name}/unload", http.unload_model, methods=["POST"]),
         Route("/files/{name}", http.file, methods=["GET"], name="file"),
         Route("/run/{app:path}", http.run, methods=["POST"]),
         Route("/{app:path}", http.run, methods=["POST"]),

@@ -16,6 +16,7 @@ from lcm_rt import wire
 from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Superseded
 from lcm_rt.service import Ongoing, Service
 from lcm_rt.session import Message, Session
+from lcm_rt.types import GenerateInput, Preview
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class _Connection:
         self._session: Session[Frame] = Session(max_buffering)
         self._idle_timeout_s = idle_timeout_s
         self._send_timeout_s = send_timeout_s
-        # Bounded by the session's window, and by one notice per start of the engine.
+        # Bounded by the session's window, one preview, and one notice for each wait for a model.
         self._outbox: asyncio.Queue[tuple[Frame, bool]] = asyncio.Queue()
         self._ongoing: dict[Message[Frame], Ongoing] = {}
         self._counted = 0
@@ -163,19 +164,19 @@ class _Connection:
         self._advance()
 
     def _advance(self) -> None:
-        """Start what the window has room for; while the engine loads, messages wait in the mailbox."""
-        if not self._service.workers.is_ready and not self._service.workers.failure:
-            if self._waking is None and self._session.waiting:
-                self._outbox.put_nowait((wire.encode_notice("loading", stage=self._service.workers.stage), False))
-                self._waking = self._tasks.create_task(self._wake())
-            return
-        while message := self._session.take():
+        """Start what the window has room for; while a model loads, messages wait in the mailbox."""
+        while self._waking is None and (message := self._session.take()):
             self._tasks.create_task(self._serve(message))
 
-    async def _wake(self) -> None:
-        """Go on once the engine is ready."""
+    def _await_model(self, name: str, error: ModelLoading) -> None:
+        """Take no message until the model is there that the last one needs."""
+        if self._waking is None:
+            self._outbox.put_nowait((wire.encode_notice("loading", stage=str(error)), False))
+            self._waking = self._tasks.create_task(self._wake(name))
+
+    async def _wake(self, name: str) -> None:
         try:
-            await self._service.workers.wait_ready()
+            await self._service.workers.wait_model(name)
         except LcmError:
             pass  # each message is told when it is submitted
         self._waking = None
@@ -193,6 +194,7 @@ class _Connection:
                 priority="realtime",
                 session=self._name,
                 on_begun=lambda: self._session.begun(message),
+                on_preview=lambda preview: self._preview(message, wanted, preview),
             )
             self._ongoing[message] = ongoing
             if message.dropped:  # while its pictures were being looked up
@@ -201,8 +203,13 @@ class _Connection:
             reply = wire.encode_output(output, wanted, message.frame)
         except Superseded:
             self._answer(message)
-        except (EngineLost, ModelLoading) as error:
-            if self._session.retry(message, blame=isinstance(error, EngineLost)):
+        except ModelLoading as error:
+            self._ongoing.pop(message, None)
+            self._session.put_back(message)
+            self._count()
+            self._await_model(self._service.model_of(wanted, self._model), error)
+        except EngineLost as error:
+            if self._session.retry(message):
                 self._ongoing.pop(message, None)
                 self._advance()
             elif message.dropped and not message.begun:
@@ -217,6 +224,11 @@ class _Connection:
         else:
             self._service.count(output, "realtime")
             self._answer(message, reply)
+
+    def _preview(self, message: Message[Frame], wanted: GenerateInput, preview: Preview) -> None:
+        """Show a picture on its way, if the client reads fast enough and none of an earlier message is owed."""
+        if self._outbox.empty() and self._session.leads(message):
+            self._outbox.put_nowait((wire.encode_preview(preview, wanted, message.frame), False))
 
     def _fail(self, message: Message[Frame], error: LcmError, data: Any) -> None:
         self._service.metrics.errors.labels(error.code).inc()

@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 import lcm_rt
-from lcm_rt import wire
+from lcm_rt import catalog, wire
 from lcm_rt.errors import LcmError
 from lcm_rt.server.app import create_app, create_service
 from lcm_rt.settings import Settings
@@ -108,6 +108,10 @@ async def serve(settings: Settings) -> int:
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else host
     say = partial(console.print, soft_wrap=True, highlight=False)
     say(f"[bold]lcm-rt {lcm_rt.__version__}[/]  http://{shown}:{port}/  (loading; the page is there already)")
+    for model in workers.models.values():
+        licences = catalog.licences(model.spec).items()
+        if abroad := [f"{repo} ({licence})" for repo, licence in licences if not repo.startswith("/")]:
+            say(f"  {model.spec.name}: what is not here yet is downloaded: {', '.join(abroad)}")
     async with asyncio.TaskGroup() as tasks:
         watching = tasks.create_task(_announce(workers, console, f"{shown}:{port}", server))
         await server.serve(sockets=[end])
@@ -125,24 +129,20 @@ async def _announce(workers: Workers, console: Console, address: str, server: Se
         if console.is_terminal:
             stack.enter_context(progress)
         said: dict[str, str] = {}
-        changed = asyncio.Event()
-        workers.on_change = changed.set
         while not workers.is_ready and not workers.failure:
-            await changed.wait()
-            changed.clear()
+            await workers.wait_change(workers.changes)
             for name, model in workers.models.items():
                 progress.update(bars[name], completed=model.progress, description=f"{name}: {model.stage}")
                 if not console.is_terminal and said.get(name) != model.stage:
                     said[name] = model.stage
                     console.print(f"{name}: {model.stage}")
-        workers.on_change = lambda: None
     try:
         await workers.wait_ready()
     except LcmError:
         server.should_exit = True  # why was logged where it happened
         return
     say = partial(console.print, soft_wrap=True, highlight=False)
-    loads = ", ".join(f"{name} in {model.load_seconds:.1f} s" for name, model in workers.models.items())
+    loads = ", ".join(f"{name} in {m.load_seconds:.1f} s" for name, m in workers.models.items() if m.load_seconds)
     say(f"[bold green]ready[/] on {workers.device_name}: {loads}")
     say(f"  page       http://{address}/")
     say(f'  one shot   curl -s http://{address}/run/fal-ai/lcm -d \'{{"prompt": "sunset over a lake"}}\'')
