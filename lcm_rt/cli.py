@@ -12,7 +12,7 @@ import typer
 import lcm_rt
 
 if TYPE_CHECKING:
-    from lcm_rt import hub
+    from lcm_rt import hub, transfer
     from lcm_rt.catalog import ModelSpec
     from lcm_rt.types import GenerateInput, GenerateOutput
 
@@ -227,9 +227,9 @@ def _fetch(plan: hub.Plan) -> hub.Parts:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns) as progress:
-        tasks: dict[hub.File, TaskID] = {}
+        tasks: dict[transfer.File, TaskID] = {}
 
-        def show(file: hub.File, done: int) -> None:
+        def show(file: transfer.File, done: int) -> None:
             if file not in tasks:
                 tasks[file] = progress.add_task(f"{file.repo}:{file.name}", total=file.size)
             progress.update(tasks[file], completed=done)

@@ -1,8 +1,7 @@
-"""Where the files of a model lie on this machine; downloads what is missing. Knows the hub, no torch and no numpy.
+"""Where the files of a model lie on this machine; has downloaded what is missing. Knows no torch and no numpy.
 
 The cache, its layout and its variables (``HF_HOME``, ``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``) are those of
-huggingface_hub, so files that another program fetched are found. Only the transfer of weights is done here: the
-library, and its Xet transfers too, begin an interrupted file anew, and these files are gigabytes.
+huggingface_hub, so files that another program fetched are found.
 
 What is whole on this machine is used without asking the network. A repository stays at the commit that was fetched
 first; another one is had by naming it (``@REVISION``) or by deleting the folder in the cache.
@@ -10,41 +9,16 @@ first; another one is had by naming it (``@REVISION``) or by deleting the folder
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import re
-import shutil
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import filelock
-import httpx2
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    SafetensorsParsingError,
-)
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import (  # type: ignore[attr-defined]
-    WeakFileLock,
-    build_hf_headers,
-    hf_raise_for_status,
-    http_stream_backoff,
-)
-from huggingface_hub.utils.tqdm import silent_tqdm
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import SafetensorsParsingError
 
 from lcm_rt.catalog import (
     FAMILIES,
@@ -59,13 +33,11 @@ from lcm_rt.catalog import (
     read_reference,
 )
 from lcm_rt.errors import InputError, LcmError, NotFound, Unavailable
+from lcm_rt.transfer import File, Report, check_space, download, plain_words, repo_folder, transfer
 
-REPORTS_PER_S = 10
-TRIES = 5  # in a row without a byte
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model)(?P<variant>\.fp16)?(-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?"
     r"(?P<old_variant>\.fp16)?\.safetensors"
@@ -99,17 +71,6 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class File:
-    """One file of a repository: ``revision`` is a commit, ``size`` is in bytes, ``present`` is whether it is here."""
-
-    repo: str
-    revision: str
-    name: str
-    size: int
-    present: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What a model needs: where its parts lie or will lie, every file of the hub that it takes, and whose terms apply.
 
@@ -124,10 +85,6 @@ class Plan:
     @property
     def missing(self) -> tuple[File, ...]:
         return tuple(file for file in self.files if not file.present)
-
-
-Report = Callable[[File, int], None]
-"""Called with a file and how many bytes of it are here, about ten times a second while they arrive, and at its end."""
 
 
 def _silence(file: File, done: int) -> None:
@@ -165,18 +122,18 @@ def fetch(plan: Plan, report: Report = _silence) -> Parts:
     """
     if not plan.missing:
         return plan.parts
-    with _plain_words(plan.missing[0].repo):
-        _check_space(plan.missing)
+    with plain_words(plan.missing[0].repo):
+        check_space(plan.missing)
         for repo, name, commit in plan.refs:
-            ref = _repo_folder(repo) / "refs" / name
+            ref = repo_folder(repo) / "refs" / name
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(commit)
     # Where the weights of a folder are, its texts are too: so a look at the cache tells whether it is whole.
     for file in sorted(plan.missing, key=lambda file: file.name.endswith(".safetensors")):
-        with _plain_words(file.repo):
+        with plain_words(file.repo):
             if file.name.endswith(".safetensors"):
-                _transfer(file, report)
-            _download(file)
+                transfer(file, report)
+            download(file)
         report(file, file.size)
     return plan.parts
 
@@ -184,7 +141,7 @@ def fetch(plan: Plan, report: Report = _silence) -> Parts:
 def bytes_here(spec: ModelSpec) -> int:
     """Bytes on this machine of the repositories that ``spec`` names, whether it needs them all or not."""
     places = (read_reference(reference) for reference in licences(spec))
-    blobs = (_repo_folder(place.repo) / "blobs" for place in places if isinstance(place, Place))
+    blobs = (repo_folder(place.repo) / "blobs" for place in places if isinstance(place, Place))
     return sum(file.stat().st_size for folder in blobs if folder.is_dir() for file in folder.iterdir())
 
 
@@ -230,23 +187,18 @@ def _on_disk(name: str, root: Path, file: str | None = None) -> _Tree:
     return _Tree(name, root, sizes, file=file)
 
 
-def _repo_folder(repo: str) -> Path:
-    with _plain_words(repo):
-        return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
-
-
 def _cached(place: Place) -> _Tree | None:
     """What the cache holds of ``place``, which may be a part of what is needed."""
     commit = place.revision
     if not _COMMIT.fullmatch(commit):
         try:
-            commit = (_repo_folder(place.repo) / "refs" / place.revision).read_text().strip()
+            commit = (repo_folder(place.repo) / "refs" / place.revision).read_text().strip()
         except (OSError, UnicodeDecodeError):
             return None
         if not _COMMIT.fullmatch(commit):
             return None
     prefix, file = _split(place.part)
-    tree = _on_disk(str(place.repo), _repo_folder(place.repo) / "snapshots" / commit / prefix, file)
+    tree = _on_disk(str(place.repo), repo_folder(place.repo) / "snapshots" / commit / prefix, file)
     return replace(tree, repo=place.repo, commit=commit, prefix=prefix)
 
 
@@ -522,7 +474,7 @@ class _Planner:
         prefix, file = _split(place.part)
         return _Tree(
             name=place.repo,
-            root=_repo_folder(place.repo) / "snapshots" / commit / prefix,
+            root=repo_folder(place.repo) / "snapshots" / commit / prefix,
             sizes={name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)},
             repo=place.repo,
             commit=commit,
@@ -532,7 +484,7 @@ class _Planner:
 
     def _list(self, place: Place) -> tuple[str, dict[str, int]]:
         """The commit of ``place`` and the sizes of its files; takes its licence down."""
-        with _plain_words(place.repo, place.revision):
+        with plain_words(place.repo, place.revision):
             info = HfApi().model_info(
                 place.repo, revision=place.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
             )
@@ -550,8 +502,8 @@ class _Planner:
     def _json(self, tree: _Tree, name: str) -> dict[str, Any]:
         path = tree.root / name
         if tree.repo and not path.is_file():
-            with _plain_words(tree.repo):
-                _download(File(tree.repo, tree.commit, tree.prefix + name, tree.sizes[name], present=False))
+            with plain_words(tree.repo):
+                download(File(tree.repo, tree.commit, tree.prefix + name, tree.sizes[name], present=False))
             self._add(tree, [name])
         return _read_json(path)
 
@@ -560,7 +512,7 @@ class _Planner:
         name = _one_file(tree)[0]
         if (tree.root / name).is_file():
             return _read_header(tree.root / name)
-        with _plain_words(tree.repo):
+        with plain_words(tree.repo):
             try:
                 return (
                     HfApi().parse_safetensors_file_metadata(tree.repo, tree.prefix + name, revision=tree.commit).tensors
@@ -613,129 +565,3 @@ def _read_header(path: Path) -> Collection[str]:
     except OSError as error:
         raise NotFound(f"{path} cannot be read: {error.strerror}") from error
     return header.keys()
-
-
-# ---- getting them ----------------------------------------------------------------------------------------------------
-
-
-def _download(file: File) -> None:
-    """Put ``file`` into its place in the cache; what is there already as a blob is only linked."""
-    hf_hub_download(file.repo, file.name, revision=file.revision, tqdm_class=silent_tqdm)
-
-
-def _transfer(file: File, report: Report) -> None:
-    """Bring the bytes of ``file`` into the cache as a blob, beginning where an earlier try ended."""
-    url = hf_hub_url(file.repo, file.name, revision=file.revision)
-    about = get_hf_file_metadata(url, retry_on_errors=True)
-    etag, size = about.etag, about.size
-    if etag is None or "/" in etag or size is None:
-        raise ValueError("no etag or no size")
-    folder = _repo_folder(file.repo)
-    blob, part = folder / "blobs" / etag, folder / "blobs" / f"{etag}.incomplete"
-    lock = folder.parent / ".locks" / folder.name / f"{etag}.lock"
-    for parent in (blob.parent, lock.parent):
-        parent.mkdir(parents=True, exist_ok=True)
-    while not blob.exists():
-        try:
-            with WeakFileLock(lock, timeout=1):
-                if not blob.exists():
-                    _append(url, part, size, partial(report, file))
-                    if part.stat().st_size != size or (_SHA256.fullmatch(etag) and not _has_digest(part, etag)):
-                        part.unlink()
-                        raise Unavailable(f"{file.repo}:{file.name} arrived damaged; try again")
-                    part.replace(blob)
-        except filelock.Timeout:  # another process is at it
-            report(file, part.stat().st_size if part.exists() else 0)
-
-
-def _append(url: str, part: Path, size: int, report: Callable[[int], None]) -> None:
-    """Bring ``part`` to ``size`` bytes, over as many connections as it takes."""
-    failures, told = 0, 0.0
-    with part.open("ab") as out:
-        done = out.tell()
-        if done > size:
-            done = out.truncate(0)
-        while done < size:
-            headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
-            before = done
-            try:
-                with http_stream_backoff(
-                    "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=()
-                ) as answer:
-                    hf_raise_for_status(answer)
-                    if answer.status_code != 206:  # a server that knows no ranges
-                        done = out.truncate(0)
-                    for chunk in answer.iter_bytes():
-                        out.write(chunk)
-                        out.flush()
-                        done += len(chunk)
-                        if time.monotonic() - told > 1 / REPORTS_PER_S:
-                            told = time.monotonic()
-                            report(done)
-                    if done < size:
-                        raise httpx2.RemoteProtocolError("an answer that ends early")
-            except httpx2.TransportError:
-                failures = 0 if done > before else failures + 1
-                if failures >= TRIES:
-                    raise
-                time.sleep(0.2 * 2**failures)
-
-
-def _has_digest(path: Path, sha256: str) -> bool:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-
-
-def _check_space(files: Collection[File]) -> None:
-    cache = Path(constants.HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    begun = (path for repo in {file.repo for file in files} for path in _repo_folder(repo).glob("blobs/*.incomplete"))
-    needed = sum(file.size for file in files) - sum(path.stat().st_size for path in begun)
-    free = shutil.disk_usage(cache).free
-    if needed > free:
-        raise Unavailable(
-            f"{cache} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are to be downloaded; make room, or set "
-            "HF_HOME to a folder on another disk"
-        )
-
-
-@contextmanager
-def _plain_words(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the hub, the network and the disk say into our errors."""
-    endpoint = constants.ENDPOINT
-    try:
-        yield
-    except LcmError:
-        raise
-    except GatedRepoError as error:
-        raise NotFound(
-            f"{repo} is open only to those who accepted its terms: do so at {endpoint}/{repo}, then set HF_TOKEN to a "
-            "token of that account"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise NotFound(
-            f"there is no repository {repo} at {endpoint}, or it is private and HF_TOKEN does not open it"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise NotFound(f"{repo} has no revision {revision}") from error
-    except RemoteEntryNotFoundError as error:
-        raise NotFound(f"{repo} lacks a file that it lists") from error
-    except HFValidationError as error:
-        raise InputError("model", f"{repo!r} cannot be the name of a repository") from error
-    except OfflineModeIsEnabled as error:
-        raise Unavailable(
-            f"{repo} is not whole on this machine and HF_HUB_OFFLINE forbids to fetch it: run `lcm-rt pull` without it"
-        ) from error
-    except HfHubHTTPError as error:
-        raise Unavailable(f"{endpoint} answered {error.response.status_code} for {repo}; try again later") from error
-    except (httpx2.HTTPError, LocalEntryNotFoundError) as error:
-        raise Unavailable(
-            f"{repo} is not whole on this machine and {endpoint} cannot be reached; check the network (an interrupted "
-            "download goes on where it ended)"
-        ) from error
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "is full: make room, or set HF_HOME to a folder on another disk" if full else f"fails: {error}"
-        raise Unavailable(f"the disk under {constants.HF_HUB_CACHE} {why}") from error
-    except (httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
-        raise Unavailable(f"{endpoint} does not answer as a hub does; check HF_ENDPOINT") from error

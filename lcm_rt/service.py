@@ -140,6 +140,7 @@ class Service:
         """
         model = self.model_of(wanted, app_model)
         size = self._size(wanted)
+        self.workers.require(model)  # before anything is fetched in vain
         inline = wanted.image if wanted.image_bytes is None else wanted.image_bytes
         image = await self._picture("image", inline, wanted.image_url)
         mask = await self._picture("mask", wanted.mask_bytes, wanted.mask_url)

@@ -157,6 +157,18 @@ class Workers:
                 self._channel.send({"op": "load", "model": name})
             self._change()
 
+    def require(self, name: str) -> AsyncChannel:
+        """The way to a model that answers; one that is not loaded is loaded from here on.
+
+        Raises:
+            ModelLoading: the model is not ready yet. Unavailable: it never will be.
+        """
+        model = self.models[name]
+        if self.failure or model.state != "ready" or self._channel is None:
+            self.load(name)
+            raise ModelLoading(f"the model is loading ({name}: {model.stage} {model.progress:.0%})")
+        return self._channel
+
     def unload(self, name: str) -> None:
         """Have a model unloaded once its pictures under way are done; a request for it loads it again."""
         model = self.models[name]
@@ -171,17 +183,11 @@ class Workers:
         on_begun: Callable[[], None] | None = None,
         on_preview: Callable[[Preview], None] | None = None,
     ) -> Generation:
-        """Hand a request to the engine process; one for a model that is not loaded has it loaded.
+        """Hand a request to the engine process.
 
-        Raises:
-            ModelLoading: the model is not ready yet. Unavailable: it never will be. Overloaded: too many are pending.
+        Raises: as ``require``; Overloaded: too many are pending.
         """
-        if self.failure:
-            raise self.failure
-        model = self.models[request.model]
-        if model.state != "ready" or self._channel is None:
-            self.load(request.model)
-            raise ModelLoading(f"the model is loading ({request.model}: {model.stage} {model.progress:.0%})")
+        channel = self.require(request.model)
         # Realtime is bounded by its sessions; a flood of other requests must not cost a typist the newest message.
         if request.priority != "realtime" and len(self._pending) >= self._max_pending:
             raise Overloaded(f"{self._max_pending} requests are waiting already; try again soon")
@@ -193,7 +199,7 @@ class Workers:
         self._metrics.pending.set(len(self._pending))
         # Not dataclasses.asdict: it would copy the picture's bytes.
         fields = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
-        self._channel.send({"op": "submit", "key": key, "request": fields})
+        channel.send({"op": "submit", "key": key, "request": fields})
         return generation
 
     @property

@@ -21,9 +21,11 @@ import torch
 from checkpoints import write_checkpoint, write_controlnet, write_safety_checker
 from fake_hub import COMMIT, FakeHub
 from huggingface_hub import constants
+from loras import write_lora
 from safetensors.torch import save_file
+from singlefiles import write_single_file
 
-from lcm_rt import catalog, hub
+from lcm_rt import catalog, hub, transfer
 from lcm_rt.catalog import Choice, ModelSpec, resolve
 from lcm_rt.errors import InputError, LcmError, NotFound, Unavailable
 
@@ -182,7 +184,7 @@ def test_two_at_a_time_fetch_each_byte_once(fake: FakeHub, shelf: Path) -> None:
     gate = fake.hold(UNET, 300_000)
     waiting = threading.Event()
 
-    def watch(file: hub.File, done: int) -> None:
+    def watch(file: transfer.File, done: int) -> None:
         if file.name == UNET and done == 300_000:
             waiting.set()
 
@@ -250,7 +252,7 @@ def test_a_full_disk_is_told_before_and_while(fake: FakeHub, monkeypatch: pytest
     def fill(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub, "_append", fill)
+    monkeypatch.setattr(transfer, "_append", fill)
     with pytest.raises(Unavailable, match="is full"):
         hub.locate(resolve("mine=me/lcm"), ALONE)
 
@@ -491,3 +493,33 @@ def test_another_revision_is_another_folder(fake: FakeHub) -> None:
     assert parts.base.name == COMMIT
     with pytest.raises(LcmError):  # nobody said that it is main
         hub.plan(resolve("mine=me/lcm"), ALONE, online=False)
+
+
+def test_what_was_pulled_paints_without_a_network(
+    fake: FakeHub, pull: Callable[..., subprocess.Popen[str]], shelf: Path, tmp_path: Path
+) -> None:
+    def paint(model: str, **variables: str) -> str:
+        words = ["generate", "a red cat", "--model", model, "--seed", "1", "-o", str(tmp_path / "cat.png")]
+        home = {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "LCM_RT_DATA_DIR": str(tmp_path / "data")}
+        done = subprocess.run(
+            [sys.executable, "-m", "lcm_rt", *words],
+            text=True,
+            capture_output=True,
+            timeout=100,
+            env=os.environ | home | variables,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert said(pull("mine=me/lcm"))[0] == 0
+    single = tmp_path / "one.safetensors"
+    write_single_file(single, shelf / "plain")
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    write_lora(lora / "pytorch_lora_weights.safetensors", shelf / "plain", text_encoder=False)
+    fake.add("latent-consistency/lcm-lora-sdv1-5", lora)
+    # A single file is local, but what its family shares with it is not.
+    assert "64x64, one, seed 1, 4 steps" in paint(f"one={single}", HF_ENDPOINT=fake.url)
+    fake.stop()
+    assert "64x64, mine, seed 1, 4 steps" in paint("mine=me/lcm", HF_ENDPOINT=fake.url)
+    assert "64x64, one, seed 1, 4 steps" in paint(f"one={single}", HF_HUB_OFFLINE="1")

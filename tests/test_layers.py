@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1] / "lcm_rt"
 
 FLOORS = [
     "__init__ embedded errors types catalog settings metrics channel",
-    "wire session images hub",
+    "wire session images transfer hub",
     "engine engine.sampling engine.trajectory engine.adapters engine.safety engine.singlefile engine.models"
     " engine.conditioning engine.runner engine.engine",
     "scheduler worker workers",
@@ -36,8 +36,8 @@ KEEPERS = {
     "transformers": "engine.models engine.safety embedded",
     "tokenizers": "embedded",
     "safetensors": "engine.adapters engine.safety engine.singlefile embedded",
-    "huggingface_hub": "hub",
-    "httpx2": "egress hub cli",
+    "huggingface_hub": "hub transfer",
+    "httpx2": "egress transfer cli",
     "httpcore2": "egress",
     "sse_starlette": "server",
     "numpy": "images engine embedded worker",

@@ -33,8 +33,9 @@ from lcm_rt.engine.models import Model, load_model, weigh
 from lcm_rt.engine.runner import Batch, Runner
 from lcm_rt.engine.trajectory import Bucket, Known, Prompt, Trajectory
 from lcm_rt.errors import GenerationFailed, InputError, LcmError, ModelLoading, OutOfMemory
-from lcm_rt.hub import File, Parts, locate
+from lcm_rt.hub import Parts, locate
 from lcm_rt.images import Canvas
+from lcm_rt.transfer import File
 from lcm_rt.types import GenerateRequest
 
 logger = logging.getLogger(__name__)
