@@ -1,8 +1,9 @@
 """One realtime connection's state: which message runs, waits or is dropped; knows no socket, no clock, no model.
 
-Call order, for the shell around it: ``receive`` each frame; cancel with the engine whatever it returns that was taken;
-``take`` messages while it gives some and run them; tell it ``begun``; ``answer`` each taken message exactly once (or
-``retry`` it, or ``put_back``); send the replies that ``answer`` returns, in that order, and tell it ``sent`` for each.
+Call order, for the shell around it: ``receive`` each frame; cancel with the engine whatever it returns that was taken
+(what is parked, ``answer`` at once); ``take`` messages while it gives some and run them; tell it ``begun``; ``answer``
+each taken message exactly once (or ``retry`` it); send the replies that ``answer`` returns, in that order, and tell it
+``sent`` for each.
 
 The rules it keeps:
 
@@ -36,6 +37,7 @@ class Message(Generic[Reply]):
     answered: bool = False
     retried: bool = False
     dropped: bool = False
+    parked: bool = False
     replies: list[Reply] = field(default_factory=list)
 
 
@@ -65,7 +67,8 @@ class Session(Generic[Reply]):
         ahead = [m for m in self._open if not (m.begun or m.answered or m.dropped)]
         if not any(m.begun and not m.answered for m in self._open):
             # The one on its way to the engine goes on, or a client that is faster than the decoder would see nothing.
-            ahead = ahead[1:]
+            first = next((m for m in ahead if not m.parked), None)
+            ahead = [m for m in ahead if m is not first]
         surplus = len(ahead) + len(self._mailbox) - self.max_buffering
         victims = ahead[: max(surplus, 0)]
         for message in victims:
@@ -104,16 +107,13 @@ class Session(Generic[Reply]):
         self._mailbox.append(message)
         return True
 
-    def put_back(self, message: Message[Reply]) -> None:
-        """A taken message could not begin, for no fault of its own: it waits again, at its old place."""
-        self._open.remove(message)
-        if message.dropped:
-            self.superseded += 1
-            return
-        self._mailbox = deque(sorted([*self._mailbox, message], key=lambda m: m.number))
-        while len(self._mailbox) > self.max_buffering:
-            self._mailbox.popleft()
-            self.superseded += 1
+    def park(self, message: Message[Reply]) -> None:
+        """A taken message cannot begin yet, for no fault of its own: it keeps its place, but newer ones may drop it."""
+        message.parked, message.begun = True, False
+
+    def unpark(self, message: Message[Reply]) -> None:
+        """Now it can."""
+        message.parked = False
 
     def answer(self, message: Message[Reply], *replies: Reply) -> list[Reply]:
         """Settle a taken message; without replies it counts as superseded.

@@ -19,9 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-import numpy.typing as npt
-
 from lcm_rt.catalog import Choice, ModelSpec
 from lcm_rt.channel import Channel, Message
 from lcm_rt.errors import (
@@ -90,10 +87,14 @@ class Room:
     made: threading.Event = field(default_factory=threading.Event)
 
 
-def _whole(ticket: Ticket, picture: Picture) -> npt.NDArray[np.uint8]:
-    """The picture as the client gets it: with what it pasted into, unless it was flagged."""
-    overlay = ticket.canvas.overlay
-    return picture.pixels if overlay is None or picture.flagged else overlay.paste(picture.pixels)
+def _file(ticket: Ticket, picture: Picture) -> dict[str, Any]:
+    """The picture as its client gets it: pasted into what was to be kept, unless it was flagged."""
+    request, pixels = ticket.request, picture.pixels
+    if ticket.canvas.overlay and not picture.flagged:
+        pixels = ticket.canvas.overlay.paste(pixels)
+    image, content_type = encode_picture(pixels, request.format, request.quality)
+    height, width = pixels.shape[:2]
+    return {"image": image, "content_type": content_type, "width": width, "height": height, "seed": request.seed}
 
 
 class Worker:
@@ -230,24 +231,17 @@ class Worker:
     def _encode(self, ticket: Ticket, row: Trajectory, picture: Picture) -> None:
         if ticket.shown:
             ticket.shown.result()  # it came to the pool before this one, so it is done or being done
-        request, begun_at = ticket.request, time.perf_counter()
+        begun_at = time.perf_counter()
         try:
-            pixels = _whole(ticket, picture)
-            image, content_type = encode_picture(pixels, request.format, request.quality)
+            file = _file(ticket, picture)
         except Exception as error:  # noqa: BLE001
             self._fail(row.key, error)
             return
         ended_at = time.perf_counter()
         timings = ticket.timings | row.timings
         timings |= {"encode_image": ended_at - begun_at, "total": ended_at - ticket.received_at}
-        height, width = pixels.shape[:2]
-        result = {
-            "image": image,
-            "content_type": content_type,
-            "width": width,
-            "height": height,
-            "seed": request.seed,
-            "model": request.model,
+        result = file | {
+            "model": ticket.request.model,
             "num_inference_steps": row.steps,
             "timings": timings,
             "batch": ticket.batch,
@@ -268,21 +262,10 @@ class Worker:
         if earlier:
             earlier.result()
         try:
-            pixels = _whole(ticket, picture)
-            image, content_type = encode_picture(pixels, ticket.request.format, ticket.request.quality)
+            preview = _file(ticket, picture) | {"step": step, "num_inference_steps": steps}
         except Exception:
             logger.exception("a preview of request %d failed", ticket.key)
             return
-        height, width = pixels.shape[:2]
-        preview = {
-            "image": image,
-            "content_type": content_type,
-            "width": width,
-            "height": height,
-            "seed": ticket.request.seed,
-            "step": step,
-            "num_inference_steps": steps,
-        }
         self._channel.send({"op": "preview", "key": ticket.key, "preview": preview})
 
     def load_all(self, names: list[str]) -> None:

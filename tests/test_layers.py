@@ -40,7 +40,7 @@ KEEPERS = {
     "httpx2": "egress transfer cli",
     "httpcore2": "egress",
     "sse_starlette": "server",
-    "numpy": "images engine embedded worker",
+    "numpy": "images engine embedded",
     "PIL": "images embedded",
     "starlette": "server",
     "uvicorn": "server.serve",

@@ -121,6 +121,35 @@ def test_a_lost_message_is_not_retried_when_a_newer_one_waits() -> None:
     assert not session.retry(a)
 
 
+def test_a_parked_message_keeps_its_place_and_gives_way_to_newer_ones() -> None:
+    session: Session[str] = Session(max_buffering=2)
+    session.receive("a")
+    session.receive("b")
+    a, b = take_all(session)
+    session.park(a)
+    assert session.receive("c") == []  # two may wait, and b goes on
+    assert session.receive("d") == [a]
+    assert session.answer(a) == []
+    session.park(b)
+    (c,) = take_all(session)
+    assert c.frame == "c"
+    assert session.receive("e") == [b]
+
+
+def test_what_is_not_parked_goes_on() -> None:
+    session: Session[str] = Session()
+    session.receive("a")
+    (a,) = take_all(session)
+    session.park(a)
+    assert session.receive("b") == [a]
+    session.answer(a)
+    (b,) = take_all(session)
+    assert session.receive("c") == []
+    session.begun(b)
+    assert session.answer(b, "reply") == ["reply"]
+    assert session.superseded == 1
+
+
 class SessionMachine(RuleBasedStateMachine):
     """Any interleaving of client, engine and socket keeps the session's promises."""
 
@@ -137,6 +166,9 @@ class SessionMachine(RuleBasedStateMachine):
         self.sent_frames += 1
         for message in self.session.receive(str(self.sent_frames)):
             assert message in self.open and not message.begun
+            if message.parked:
+                self.open.remove(message)
+                self.outbox += self.session.answer(message)
 
     @rule()
     def take(self) -> None:
@@ -165,6 +197,18 @@ class SessionMachine(RuleBasedStateMachine):
         self.open.remove(message)
         if not self.session.retry(message):
             self.outbox += self.session.answer(message, message.number)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def park(self, data: st.DataObject) -> None:
+        message = data.draw(st.sampled_from(self.open))
+        if not message.dropped:
+            self.session.park(message)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def unpark(self, data: st.DataObject) -> None:
+        self.session.unpark(data.draw(st.sampled_from(self.open)))
 
     @precondition(lambda self: self.outbox)
     @rule()

@@ -384,6 +384,8 @@ def _predict(runner: Runner, batch: Sequence[Trajectory], x: Tensor) -> Tensor:
             adapter_scales=torch.stack([row.adapter_scale for row in rows]),
         )
     )
+    if not guided:
+        return output
     opinions = list(output[: len(batch)])
     for i, without in zip(guided, output[len(batch) :], strict=True):
         opinions[i] = sampling.guide(opinions[i], without, batch[i].guidance)

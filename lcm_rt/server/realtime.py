@@ -16,7 +16,7 @@ from lcm_rt import wire
 from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Superseded
 from lcm_rt.service import Ongoing, Service
 from lcm_rt.session import Message, Session
-from lcm_rt.types import GenerateInput, Preview
+from lcm_rt.types import GenerateInput, GenerateOutput, Preview
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class _Connection:
         self._outbox: asyncio.Queue[tuple[Frame, bool]] = asyncio.Queue()
         self._ongoing: dict[Message[Frame], Ongoing] = {}
         self._counted = 0
-        self._waking: asyncio.Task[None] | None = None
+        self._told_loading = False
 
     async def run(self) -> None:
         """Serve until the client leaves, is idle or does not read."""
@@ -158,29 +158,17 @@ class _Connection:
     def _receive(self, frame: Frame) -> None:
         self._service.metrics.messages.inc()
         for message in self._session.receive(frame):
-            if ongoing := self._ongoing.get(message):
+            if message.parked:
+                self._answer(message)
+            elif ongoing := self._ongoing.get(message):
                 ongoing.supersede()
         self._count()
         self._advance()
 
     def _advance(self) -> None:
-        """Start what the window has room for; while a model loads, messages wait in the mailbox."""
-        while self._waking is None and (message := self._session.take()):
+        """Start what the window has room for."""
+        while message := self._session.take():
             self._tasks.create_task(self._serve(message))
-
-    def _await_model(self, name: str, error: ModelLoading) -> None:
-        """Take no message until the model is there that the last one needs."""
-        if self._waking is None:
-            self._outbox.put_nowait((wire.encode_notice("loading", stage=str(error)), False))
-            self._waking = self._tasks.create_task(self._wake(name))
-
-    async def _wake(self, name: str) -> None:
-        try:
-            await self._service.workers.wait_model(name)
-        except LcmError:
-            pass  # each message is told when it is submitted
-        self._waking = None
-        self._advance()
 
     async def _serve(self, message: Message[Frame]) -> None:
         """See one message through to its answer."""
@@ -188,26 +176,14 @@ class _Connection:
         try:
             data = wire.decode_frame(message.frame)
             wanted = wire.parse_input(data)
-            ongoing = await self._service.start(
-                wanted,
-                app_model=self._model,
-                priority="realtime",
-                session=self._name,
-                on_begun=lambda: self._session.begun(message),
-                on_preview=lambda preview: self._preview(message, wanted, preview),
-            )
-            self._ongoing[message] = ongoing
-            if message.dropped:  # while its pictures were being looked up
-                ongoing.supersede()
-            output = await ongoing.output()
+            while (output := await self._generate(message, wanted)) is None:
+                await self._service.workers.wait_model(self._service.model_of(wanted, self._model))
+                if message.answered:  # dropped for a newer one
+                    return
+                self._session.unpark(message)
             reply = wire.encode_output(output, wanted, message.frame)
         except Superseded:
             self._answer(message)
-        except ModelLoading as error:
-            self._ongoing.pop(message, None)
-            self._session.put_back(message)
-            self._count()
-            self._await_model(self._service.model_of(wanted, self._model), error)
         except EngineLost as error:
             if self._session.retry(message):
                 self._ongoing.pop(message, None)
@@ -224,6 +200,33 @@ class _Connection:
         else:
             self._service.count(output, "realtime")
             self._answer(message, reply)
+
+    async def _generate(self, message: Message[Frame], wanted: GenerateInput) -> GenerateOutput | None:
+        """The pictures of a message, or None if its model is still on its way; then the message is parked."""
+        try:
+            ongoing = await self._service.start(
+                wanted,
+                app_model=self._model,
+                priority="realtime",
+                session=self._name,
+                on_begun=lambda: self._session.begun(message),
+                on_preview=lambda preview: self._preview(message, wanted, preview),
+            )
+            self._ongoing[message] = ongoing
+            if message.dropped:  # while its pictures were being looked up
+                ongoing.supersede()
+            output = await ongoing.output()
+        except ModelLoading as error:
+            self._ongoing.pop(message, None)
+            if message.dropped:
+                raise Superseded("a newer message came") from None
+            self._session.park(message)
+            if not self._told_loading:
+                self._told_loading = True
+                self._outbox.put_nowait((wire.encode_notice("loading", stage=str(error)), False))
+            return None
+        self._told_loading = False
+        return output
 
     def _preview(self, message: Message[Frame], wanted: GenerateInput, preview: Preview) -> None:
         """Show a picture on its way, if the client reads fast enough and none of an earlier message is owed."""
