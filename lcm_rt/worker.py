@@ -174,8 +174,7 @@ class Worker:
             size = fields.pop("size")
             request = GenerateRequest(**fields, size=tuple(size) if size else None)
             begun_at = time.perf_counter()
-            side, _ = self._engine.defaults(request.model)
-            canvas = read_canvas(request, side)
+            canvas = read_canvas(request, self._engine.traits(request.model).size)
             adapter = self._engine.adapter(request)
             ticket = Ticket(key, request, canvas, adapter, received_at, {"decode": time.perf_counter() - begun_at})
         except Exception as error:  # noqa: BLE001  a hostile picture must not end the loop
@@ -251,7 +250,7 @@ class Worker:
 
     def _show(self, rows: list[Trajectory], pictures: list[Picture | LcmError]) -> None:
         for row, picture in zip(rows, pictures, strict=True):
-            if not isinstance(picture, LcmError):  # the steps to come may mend it, and its end will tell
+            if not isinstance(picture, LcmError) and not picture.flagged:  # its end will tell
                 ticket = self._tickets[row.key]
                 earlier, steps, step = ticket.shown, row.steps, row.index
                 ticket.shown = self._encoders.submit(self._encode_preview, ticket, earlier, steps, step, picture)
@@ -302,14 +301,12 @@ class Worker:
     def _load_parts(self, spec: ModelSpec, parts: Parts) -> None:
         begun_at = time.perf_counter()
         self._engine.load(spec, parts, self._reporter(spec))
-        size, steps = self._engine.defaults(spec.name)
         self._channel.send(
             {
                 "op": "loaded",
                 "model": spec.name,
                 "seconds": time.perf_counter() - begun_at,
-                "size": size,
-                "steps": steps,
+                "traits": self._engine.traits(spec.name)._asdict(),
                 "memory": self._engine.memory[0],
             }
         )

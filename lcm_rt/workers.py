@@ -35,6 +35,8 @@ class ModelState:
     spec: catalog.ModelSpec
     size: int  # px of a picture whose size nobody gave
     steps: int  # when nobody gave a number
+    safety: bool | None = None  # has a safety checker; not known before it is loaded
+    controlnet: bool | None = None  # has an inpainting ControlNet
     state: Literal["loading", "ready", "unloading", "unloaded", "failed"] = "loading"
     stage: str = "start"
     progress: float = 0.0
@@ -135,8 +137,11 @@ class Workers:
             await self._changed.wait()
 
     async def wait_model(self, name: str) -> None:
-        """Wait until a model answers, which loads it if need be. Raises: LcmError: it never will."""
-        while self.models[name].state != "ready":
+        """Wait until a model answers, which loads it if need be. Raises: LcmError: it cannot be loaded."""
+        model = self.models[name]
+        while model.state != "ready":
+            if model.failure:
+                raise model.failure
             self.load(name)
             await self.wait_change(self.changes)
 
@@ -148,9 +153,6 @@ class Workers:
         if self.failure:
             raise self.failure
         model = self.models[name]
-        if model.state == "failed" and model.failure:
-            failure, model.failure = model.failure, None  # told once; asked for again, it is tried again
-            raise failure
         if model.state in ("unloaded", "failed"):
             model.become("loading")
             if self._channel:
@@ -161,9 +163,11 @@ class Workers:
         """The way to a model that answers; one that is not loaded is loaded from here on.
 
         Raises:
-            ModelLoading: the model is not ready yet. Unavailable: it never will be.
+            ModelLoading: the model is not ready yet. LcmError: it cannot be loaded, unless ``load`` tries it again.
         """
         model = self.models[name]
+        if model.failure:
+            raise model.failure
         if self.failure or model.state != "ready" or self._channel is None:
             self.load(name)
             raise ModelLoading(f"the model is loading ({name}: {model.stage} {model.progress:.0%})")
@@ -340,7 +344,9 @@ class Workers:
             case "loaded":
                 model = self.models[message["model"]]
                 model.become("ready")
-                model.load_seconds, model.size, model.steps = message["seconds"], message["size"], message["steps"]
+                model.load_seconds = message["seconds"]
+                for name, value in message["traits"].items():
+                    setattr(model, name, value)
                 self._metrics.model_bytes.set(message["memory"])
             case "leaving":
                 self.models[message["model"]].become("unloading")
@@ -378,6 +384,8 @@ class Workers:
                 "progress": model.progress,
                 "size": model.size,
                 "steps": model.steps,
+                "safety": model.safety,
+                "controlnet": model.controlnet,
                 "licence": model.spec.licence,
                 "default": name == default,
                 "load_seconds": model.load_seconds,

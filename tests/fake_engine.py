@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,6 +47,13 @@ WEIGHT = 10 * 2**20
 class FakePicture:
     pixels: np.ndarray
     flagged: bool
+
+
+class Traits(NamedTuple):
+    size: int = 512
+    steps: int = 4
+    safety: bool = True
+    controlnet: bool = False
 
 
 @dataclass(slots=True)
@@ -93,8 +101,8 @@ class FakeEngine:
             raise LcmError("this model is no good")
         self.loaded.append(spec.name)
 
-    def defaults(self, name: str) -> tuple[int, int]:
-        return 512, 4
+    def traits(self, name: str) -> Traits:
+        return Traits()
 
     def unload(self, name: str) -> None:
         self.loaded.remove(name)

@@ -1,4 +1,4 @@
-"""The page in a real Chromium: pictures come, follow the pen, the words and the mask, and survive a reload."""
+"""The page in a real Chromium: pictures come, follow the pen, the words and the settings, and survive a reload."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from loras import write_lora
+
+from lcm_rt.embedded import MODEL_DIR
 
 BROWSER = Path(__file__).parent / "browser"
 
@@ -28,8 +31,11 @@ def test_page_follows_pen_and_words(server_url: str, tmp_path: Path) -> None:
     chromium = shutil.which("chromium")
     assert chromium is not None
     screenshot = tmp_path / "page.png"
+    lora, broken = tmp_path / "style.safetensors", tmp_path / "broken.safetensors"
+    write_lora(lora, MODEL_DIR, conv=True)
+    broken.write_text("not a LoRA")
     run = subprocess.run(
-        ["node", "page.mjs", server_url, chromium, str(screenshot)],
+        ["node", "page.mjs", server_url, chromium, str(screenshot), str(lora), str(broken)],
         cwd=BROWSER,
         capture_output=True,
         text=True,

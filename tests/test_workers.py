@@ -245,7 +245,11 @@ async def test_a_model_that_cannot_be_loaded_later_is_told_and_harms_no_other(tm
         assert it.describe()[2]["state"] == "failed"
         assert (await it.submit(GenerateRequest("b", "lake", 0, size=(SIDE, SIDE))).result).model == "b"
         with pytest.raises(LcmError, match="no good"):
-            await it.wait_model("bad-load")  # it is tried again
+            it.submit(GenerateRequest("bad-load", "lake", 0))  # nobody's message tries it again
+        it.load("bad-load")
+        assert it.models["bad-load"].state == "loading"
+        with pytest.raises(LcmError, match="no good"):
+            await it.wait_model("bad-load")
 
 
 @run

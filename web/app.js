@@ -4,15 +4,18 @@ import { Connection } from "./connection.js";
 import { Drawer, download } from "./drawer.js";
 import { Example } from "./example.js";
 import { bindKeys } from "./keys.js";
+import { Lora } from "./lora.js";
+import { Menu } from "./menu.js";
 import { Meter } from "./meter.js";
 import { Models } from "./models.js";
 import { Pace } from "./pace.js";
 import { fill as fillPalette } from "./palette.js";
+import { Panel } from "./panel.js";
 import { Pen } from "./pen.js";
 import { Request } from "./request.js";
 import { Result } from "./result.js";
 import { Sketch } from "./sketch.js";
-import { describe, duration } from "./status.js";
+import { describe, duration, wrongs } from "./status.js";
 import { DrawingStore, settings } from "./store.js";
 
 const PROMPTS = [
@@ -23,8 +26,26 @@ const PROMPTS = [
   ["Green hills", "green hills and a house on a sunny day"],
   ["Starry peaks", "snowy mountains, starry night, a lake"],
 ];
-const DEFAULTS = { mode: "draw", prompt: PROMPTS[0][1], strength: 50, steps: 4, seed: 7, locked: true, color: "#3f86d6", size: 38 };
-const DEFAULT_SIDE = 256; // of the embedded model, until the server says otherwise
+const DEFAULTS = {
+  mode: "draw",
+  model: null, // the server's default
+  prompt: PROMPTS[0][1],
+  strength: 50,
+  steps: null, // as many as the model asks for
+  seed: 7,
+  locked: true,
+  color: "#3f86d6",
+  size: 38,
+  maskOnly: false,
+  controlnet: false,
+  lora: "",
+  loraScale: 1,
+  safety: true,
+  previews: false,
+};
+const UNKNOWN = { name: "", size: 256, steps: 4, default: true }; // the embedded model, until the server says otherwise
+const MOST_STEPS = 8; // of the dial, unless the model asks for more
+const WORK = ["mode", "model", "steps", "maskOnly", "controlnet", "lora", "safety", "previews"]; // what a picture's time hangs on
 const SEEDS = 2 ** 32; // how many the server knows
 const RETRYABLE = ["overloaded", "rate_limited", "engine_lost", "unavailable", "model_loading", "out_of_memory"];
 const FIRST_RETRY = 500; // ms after a failed picture
@@ -35,7 +56,7 @@ const $ = (selector) => document.querySelector(selector);
 const chosen = (name) => $(`input[name=${name}]:checked`).value;
 
 const state = { ...DEFAULTS, ...settings.load() };
-const side = () => models.current?.size || DEFAULT_SIDE;
+const model = () => models.current ?? UNKNOWN;
 let previousColor = "#ffdf20";
 let trouble = null;
 let retries = 0; // since the last answer
@@ -45,7 +66,9 @@ let spokenAt = 0;
 // What is sent
 
 function compose() {
-  if (!started || trouble?.waiting || (models.current && !models.ready)) return null;
+  // One that is unloaded loads when it is used; who chose another model than the default waits to hear that it is there.
+  if (!started || trouble?.waiting || ["loading", "failed"].includes(model().state)) return null;
+  if (state.model && !models.current) return null;
   return { key: request.key, message: () => request.message() };
 }
 
@@ -59,19 +82,31 @@ async function answered(answer, { number, note, latency, depth }) {
   try {
     if (await result.show(answer, number)) shownKey = note.key;
   } catch {
-    trouble = { code: "unreadable", reason: "" };
+    trouble = { code: "unreadable", reason: "", detail: [] };
   }
   document.documentElement.dataset.shown = result.shown;
   example.go();
   if (!state.locked) $("#seed").value = answer.seed;
   const steps = answer.num_inference_steps;
-  $("#ran").textContent = steps === state.steps ? `${steps} ${steps === 1 ? "step" : "steps"}` : `${steps} of ${state.steps} steps`;
+  $("#ran").textContent = steps === request.steps ? `${steps} ${steps === 1 ? "step" : "steps"}` : `${steps} of ${request.steps} steps`;
+  drawResult();
   drawStatus();
   const now = performance.now();
   if (now - spokenAt > SPOKEN_EVERY) {
     spokenAt = now;
-    $("#live").textContent = latency === null ? "New picture" : `New picture, ${duration(latency)}`;
+    const words = result.flagged ? "Picture hidden by the safety checker" : "New picture";
+    $("#live").textContent = latency === null ? words : `${words}, ${duration(latency)}`;
   }
+}
+
+async function previewed(preview, number) {
+  try {
+    if (!(await result.show(preview, number))) return;
+  } catch {
+    return; // its answer comes, and tells if that cannot be read either
+  }
+  shownKey = null;
+  drawResult();
 }
 
 function failed(error, note) {
@@ -79,7 +114,6 @@ function failed(error, note) {
     pace.pump();
     return;
   }
-  if (error.code === "model_loading") models.watch();
   const waits = trouble?.waiting;
   trouble = { ...error, waiting: RETRYABLE.includes(error.code) };
   if (!trouble.waiting) {
@@ -99,6 +133,7 @@ function failed(error, note) {
 
 const meter = new Meter();
 let statusTimer = 0;
+let help = null; // what the notice's button offers: [words, action]
 
 function drawStatus() {
   if (statusTimer) return;
@@ -106,19 +141,34 @@ function drawStatus() {
     statusTimer = 0;
     const showing = result.shown > 0;
     const { tone, pill, notice, progress } = describe({ connection, model: models.current, trouble, meter, showing });
+    const fields = trouble ? wrongs(trouble) : [];
+    panel.complain(lora.wrong ? [["lora_url", lora.wrong], ...fields] : fields);
+    const field = fields.find(([name]) => panel.has(name))?.[0];
     $("#status").dataset.tone = tone;
     $("#status span").textContent = pill;
     $("#notice p").textContent = notice;
-    $("#notice").hidden = !notice;
+    $("#notice").hidden = !notice || Boolean(field && panel.open); // then it stands beside the field
     $("#notice progress").hidden = progress === undefined;
     if (progress !== undefined) $("#notice progress").value = progress;
-    $("#result").classList.toggle("empty", !showing);
-    $("#reuse").hidden = $("#save").hidden = !showing;
+    help = field ? ["Show the setting", () => panel.show(field)] : null;
+    if (model().state === "failed") help = ["Try again", () => models.load(model().name)];
+    $("#notice button").hidden = !help;
+    $("#notice button").textContent = help?.[0] ?? "";
     if ((meter.moving || connection.pending) && !document.hidden) drawStatus();
   }, 250);
 }
 
 document.addEventListener("visibilitychange", drawStatus);
+
+function drawResult() {
+  const empty = !result.answer;
+  $("#result").classList.toggle("empty", empty);
+  $("#result").classList.toggle("hides", result.flagged);
+  $("#flagged").hidden = !result.flagged;
+  $("#reuse").hidden = $("#save").hidden = empty || result.flagged;
+  $("#part").hidden = result.part === 1;
+  $("#part").value = result.part;
+}
 
 function drawTools() {
   const tool = chosen("tool");
@@ -128,13 +178,21 @@ function drawTools() {
   $("#undo").disabled = !sketch.canUndo;
   $("#redo").disabled = !sketch.canRedo;
   $("#hint").hidden = !sketch.blank;
+  panel.draw(state, request.maskless);
 }
 
 function drawSettings() {
   document.documentElement.dataset.mode = state.mode;
   $(`input[name=mode][value=${state.mode}]`).checked = true;
-  for (const name of ["prompt", "strength", "steps", "seed", "size"]) if ($(`#${name}`).value !== String(state[name])) $(`#${name}`).value = state[name];
-  $(".steps output").value = state.steps;
+  const steps = request.steps;
+  $("#steps").max = Math.max(MOST_STEPS, steps, model().steps);
+  for (const name of ["prompt", "strength", "steps", "seed", "size"]) {
+    const value = String(name === "steps" ? steps : state[name]);
+    if ($(`#${name}`).value !== value) $(`#${name}`).value = value;
+  }
+  $(".steps output").value = steps;
+  panel.draw(state, request.maskless);
+  lora.draw();
   let custom = true;
   for (const swatch of document.querySelectorAll("input[name=color]")) {
     swatch.checked = swatch.value === state.color;
@@ -158,7 +216,7 @@ function set(values) {
   Object.assign(state, values);
   settings.save(state);
   drawSettings();
-  if ("mode" in values || "steps" in values) meter.reset();
+  if (WORK.some((name) => name in values)) meter.reset();
   if (trouble && !trouble.waiting) trouble = null;
   pace.changed();
   drawStatus();
@@ -191,12 +249,13 @@ function choose(name, value) {
 }
 
 async function reuse() {
+  if (!result.answer || result.flagged) return;
   takeOver();
   await sketch.place(await result.blob("image/png"));
 }
 
 async function savePicture() {
-  if (!result.answer) return;
+  if (!result.answer || result.flagged) return;
   const words = (result.answer.prompt ?? state.prompt).toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 48).replace(/^-|-$/g, "");
   download(await result.blob("image/png"), `${words || "picture"}-${result.answer.seed}.png`);
 }
@@ -213,15 +272,27 @@ const sketch = new Sketch($("#paint"), $("#mask"), (finished) => {
   }
   if (started) pace.changed();
 });
-const request = new Request(state, sketch, side);
 const drawings = new DrawingStore(() => sketch.save());
+const lora = new Lora($("#lora"), state, { onset: set, onfile: (file) => drawings.keep("lora", file) });
+const request = new Request(state, sketch, model, lora);
 const result = new Result($("#picture"), $("#glow"));
 const example = new Example(sketch);
+const panel = new Panel($("#more"), $("#tune"), set, drawStatus);
+const menu = new Menu($("#model"), $("#models"), ({ name, state: how, default: usual }) => {
+  if (name !== models.current.name) {
+    models.choose(name);
+    set({ model: usual ? null : name, steps: null });
+  }
+  if (how === "failed") models.load(name);
+});
 const models = new Models(() => {
-  sketch.fit(side());
+  sketch.fit(model().size);
+  menu.draw(models.all, models.current);
+  drawSettings();
   drawStatus();
   pace.pump();
 });
+models.choose(state.model);
 const scheme = location.protocol === "https:" ? "wss" : "ws";
 const connection = new Connection(`${scheme}://${location.host}/fal-ai/lcm/realtime?max_buffering=1`, {
   state: drawStatus,
@@ -229,7 +300,7 @@ const connection = new Connection(`${scheme}://${location.host}/fal-ai/lcm/realt
     models.watch();
     pace.again();
   },
-  loading: () => models.watch(),
+  preview: previewed,
   answer: answered,
   error: failed,
 });
@@ -238,10 +309,11 @@ let started = false;
 
 new Pen($("#board"), $("#ring"), sketch, brush, takeOver);
 const drawer = new Drawer($("#drawer"), async () => {
-  const pictures = request.pictures();
-  for (const picture of Object.values(pictures)) picture.blob = await picture.blob;
+  const fields = request.fields();
+  const blobs = {};
+  for (const [field, { name, blob }] of Object.entries(request.files())) blobs[field] = { name, blob: await blob };
   const seed = result.answer?.seed ?? state.seed;
-  return { request: { ...request.fields(), ...(state.locked ? {} : { seed }) }, blobs: pictures };
+  return { request: { ...fields, ...(state.locked ? {} : { seed }) }, blobs };
 });
 
 for (const [name, prompt] of PROMPTS) {
@@ -259,9 +331,12 @@ for (const input of document.querySelectorAll("input[name=color]")) {
 }
 for (const name of ["input", "click"]) $("#picker").addEventListener(name, () => setColor($("#picker").value));
 $("#prompt").addEventListener("input", (event) => set({ prompt: event.target.value }));
-for (const name of ["strength", "steps", "size"]) {
+for (const name of ["strength", "size"]) {
   $(`#${name}`).addEventListener("input", (event) => set({ [name]: event.target.valueAsNumber }));
 }
+$("#steps").addEventListener("input", ({ target }) => {
+  set({ steps: target.valueAsNumber === model().steps ? null : target.valueAsNumber });
+});
 $("#seed").addEventListener("input", (event) => {
   const seed = Number.parseInt(event.target.value, 10);
   if (seed >= 0 && seed < SEEDS) set({ seed, locked: true });
@@ -280,6 +355,8 @@ $("#unmask").addEventListener("click", () => sketch.clear("mask"));
 $("#reuse").addEventListener("click", reuse);
 $("#save").addEventListener("click", savePicture);
 $("#code").addEventListener("click", () => drawer.open());
+$("#notice button").addEventListener("click", () => help?.[1]());
+$("#flagged button").addEventListener("click", () => set({ safety: false }));
 
 bindKeys({
   b: () => choose("tool", "brush"),
@@ -289,6 +366,7 @@ bindKeys({
   r: roll,
   s: savePicture,
   x: () => setColor(previousColor),
+  ",": () => panel.toggle(),
   "[": () => set({ size: Math.max(0, state.size - 6) }),
   "]": () => set({ size: Math.min(100, state.size + 6) }),
   "ctrl+z": () => (takeOver(), sketch.undo()),
@@ -312,9 +390,11 @@ window.lcm = Object.freeze({
 
 drawSettings();
 drawTools();
+drawResult();
 connection.open();
-const stored = await drawings.load().catch(() => null);
+const [stored, file] = await Promise.all(["current", "lora"].map((key) => drawings.load(key).catch(() => null)));
 if (stored) await sketch.load(stored);
+if (file) await lora.take(file);
 started = true;
 if (!stored) example.start();
 drawTools();

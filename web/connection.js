@@ -17,12 +17,14 @@ export class Connection {
   #inFlight = new Map(); // number of the message -> { sent, note }
   #number = 0;
   #state = "connecting";
+  #heard = 0; // when the last preview came
   #loading = false; // the server said that its model is on its way in, and has not answered since
 
   /**
-   * `on` holds the callbacks: `state()`, `open()`, `loading()`, `answer(answer, { number, note, latency, depth })` and
-   * `error({ code, reason }, note)`. A note is whatever `send` was given with the message; `latency` is in ms, or null
-   * when the message had to wait for the model; `depth` is how many were in flight with the message.
+   * `on` holds the callbacks: `state()`, `open()`, `preview(preview, number)`,
+   * `answer(answer, { number, note, latency, depth })` and `error({ code, reason, detail }, note)`. A note is whatever
+   * `send` was given with the message; `latency` is in ms, or null when the message had to wait for the model; `depth` is
+   * how many were in flight with the message; `detail` lists the fields in question as [{ loc, msg }].
    */
   constructor(url, on) {
     this.#url = url;
@@ -81,7 +83,7 @@ export class Connection {
     try {
       answer = typeof data === "string" ? JSON.parse(data) : decode(new Uint8Array(data));
     } catch {
-      this.#on.error({ code: "unreadable", reason: "an answer could not be read" }, this.#settle(null)?.note);
+      this.#on.error({ code: "unreadable", reason: "an answer could not be read", detail: [] }, this.#settle(null)?.note);
       return;
     }
     if (answer?.type === "x-fal-error") {
@@ -89,13 +91,16 @@ export class Connection {
         this.#become("resting");
         return;
       }
-      this.#on.error({ code: answer.error, reason: answer.reason ?? "" }, this.#settle(answer.request_id)?.note);
+      const { error: code, reason = "", detail = [] } = answer;
+      this.#on.error({ code, reason, detail }, this.#settle(answer.request_id)?.note);
     } else if (answer?.type === "x-fal-message") {
-      if (answer.action !== "loading") return;
-      this.#loading = true;
-      this.#on.loading();
+      if (answer.action === "loading") this.#loading = true;
     } else if (answer?.status === "error") {
       this.#become("refused");
+    } else if (answer?.preview) {
+      this.#heard = performance.now();
+      const number = Number(answer.request_id);
+      if (this.#inFlight.has(number)) this.#on.preview(answer, number);
     } else if (answer?.images?.length) {
       this.#retries = 0;
       const known = this.#settle(answer.request_id);
@@ -134,7 +139,7 @@ export class Connection {
 
   #watch() {
     const [oldest] = this.#inFlight.values();
-    const left = oldest ? oldest.sent + PATIENCE - performance.now() : 0;
+    const left = oldest ? Math.max(oldest.sent, this.#heard) + PATIENCE - performance.now() : 0;
     this.#watchdog = oldest ? setTimeout(() => this.#watch(), left > 0 ? left : PATIENCE) : 0;
     if (oldest && left <= 0 && !this.#loading) {
       const socket = this.#socket;

@@ -1,4 +1,4 @@
-// The result: the newest picture, and no older one after it.
+// The result: the newest picture, finished or on its way, and no older one after it.
 
 const GLOW_EVERY = 200; // ms
 
@@ -7,7 +7,7 @@ export class Result {
   #context;
   #glow;
   #shown = 0;
-  #newest = 0;
+  #newest = 0; // which message's picture is shown, and how much of it: the 3rd after half its steps is 3.5, finished 4
   #answer = null;
   #glowTimer = 0;
 
@@ -18,29 +18,40 @@ export class Result {
     this.#glow.imageSmoothingQuality = "high";
   }
 
-  /** How many pictures have been shown. */
+  /** How many finished pictures have been shown. */
   get shown() {
     return this.#shown;
   }
 
-  /** The answer whose picture is shown. */
+  /** The answer, or the preview, whose picture is shown; null before the first. */
   get answer() {
     return this.#answer;
   }
 
-  /** Show the picture of `answer`, the `number`th message; false when a newer one is shown. */
+  /** How much of the picture that is shown is done: 1 when it is finished. */
+  get part() {
+    return this.#answer ? partOf(this.#answer) : 1;
+  }
+
+  /** Whether the picture is hidden because the safety checker flagged it. */
+  get flagged() {
+    return this.#answer !== null && isFlagged(this.#answer);
+  }
+
+  /** Show the picture of `answer`, which may be a preview, to the `number`th message; false when a newer one is shown. */
   async show(answer, number) {
-    if (number <= this.#newest) return false;
+    const at = number + partOf(answer);
+    if (at <= this.#newest) return false;
     const [{ content, content_type: type }] = answer.images;
-    const bitmap = await createImageBitmap(new Blob([content], { type }));
-    const newer = number > this.#newest;
+    const bitmap = isFlagged(answer) ? null : await createImageBitmap(new Blob([content], { type }));
+    const newer = at > this.#newest;
     if (newer) {
-      this.#newest = number;
+      this.#newest = at;
       this.#answer = answer;
-      this.#shown += 1;
-      this.#draw(bitmap);
+      if (!answer.preview) this.#shown += 1;
+      if (bitmap) this.#draw(bitmap);
     }
-    bitmap.close();
+    bitmap?.close();
     return newer;
   }
 
@@ -60,4 +71,12 @@ export class Result {
       this.#glow.drawImage(this.#canvas, 0, 0, this.#glow.canvas.width, this.#glow.canvas.height);
     }, GLOW_EVERY);
   }
+}
+
+function partOf({ preview, step, num_inference_steps: steps }) {
+  return preview ? step / steps : 1;
+}
+
+function isFlagged({ nsfw_content_detected: flags }) {
+  return flags?.[0] === true;
 }

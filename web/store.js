@@ -40,11 +40,18 @@ export class DrawingStore {
     addEventListener("pagehide", () => this.#dirty && this.#write());
   }
 
-  /** The stored drawing, or null. */
-  async load() {
+  /** What is stored under `key`, or null: "current" is the drawing. */
+  async load(key = "current") {
     await this.#opened;
     const store = this.#database?.transaction("drawings").objectStore("drawings");
-    return (store && (await promise(store.get("current")))) ?? null;
+    return (store && (await promise(store.get(key)))) ?? null;
+  }
+
+  /** Store something beside the drawing; null forgets it. */
+  async keep(key, value) {
+    await this.#opened;
+    const store = this.#database?.transaction("drawings", "readwrite").objectStore("drawings");
+    store?.put(value, key);
   }
 
   /** Write at once; while a write is under way, once more after it. */

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,15 @@ class Picture:
 
     pixels: npt.NDArray[np.uint8]
     flagged: bool = False
+
+
+class Traits(NamedTuple):
+    """Side in pixels and number of steps of a picture for which nobody gave them; which companions there are."""
+
+    size: int
+    steps: int
+    safety: bool
+    controlnet: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +158,10 @@ class Engine:
         self._used[spec.name] = None
         report("warm-up", 1.0)
 
-    def defaults(self, name: str) -> tuple[int, int]:
-        """Side in pixels and number of steps of a picture for which nobody gave them. Raises: ModelLoading."""
+    def traits(self, name: str) -> Traits:
+        """What clients may know of a model. Raises: ModelLoading."""
         model = self._serving(name).model
-        return model.side, model.steps
+        return Traits(model.side, model.steps, model.safety is not None, model.controlnet is not None)
 
     def unload(self, name: str) -> None:
         """Forget a model; none of its rows may be under way."""

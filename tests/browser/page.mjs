@@ -1,11 +1,14 @@
-// Drives the page in a real Chromium as a visitor would: node page.mjs URL CHROMIUM SCREENSHOT
+// Drives the page in a real Chromium as a visitor would: node page.mjs URL CHROMIUM SCREENSHOT LORA BROKEN_LORA
 // Prints one JSON object of what it saw, and fails when something is not as it should be.
 
 import assert from "node:assert/strict";
 
 import { chromium } from "playwright-core";
 
-const [url, executablePath, screenshot] = process.argv.slice(2);
+import { decode, encode } from "../../web/vendor/msgpack.js";
+
+const [url, executablePath, screenshot, lora, broken] = process.argv.slice(2);
+const loraName = lora.split("/").at(-1);
 const PATIENCE = 60_000; // ms, for one condition
 
 const browser = await chromium.launch({
@@ -105,20 +108,89 @@ try {
   const masked = await settled();
   assertDifferent(masked, worded, "the mask did not change the picture");
 
+  // What the page hears from now on; an answer is flagged while `flags` is set, as if the model had a safety checker.
+  const heard = { previews: 0, answers: 0 };
+  let flags = false;
+  await page.routeWebSocket(/realtime/, (socket) => {
+    const server = socket.connectToServer();
+    server.onMessage((frame) => {
+      if (typeof frame === "string") return socket.send(frame);
+      const answer = decode(frame);
+      heard[answer.preview ? "previews" : "answers"] += 1;
+      if (flags) answer.nsfw_content_detected = [true];
+      socket.send(Buffer.from(encode(answer)));
+    });
+  });
   await page.reload();
   await page.waitForFunction(() => window.lcm?.shown > 0);
   const reloaded = await settled();
   assert.equal(await page.locator("#prompt").inputValue(), "a snowy forest at night with a moon");
   assertSame(reloaded, masked, "a reload lost something");
 
-  await page.getByRole("radio", { name: "Text only" }).check();
+  await page.getByRole("button", { name: "More settings" }).click();
+  await page.getByLabel("Only inside the mask").check();
+  assertDifferent(await settled(), reloaded, "painting only inside the mask did not change the picture");
+  await page.getByLabel("Only inside the mask").uncheck();
+  await settled();
+
+  await page.evaluate(() => {
+    const bar = document.querySelector("#part");
+    window.parts = new Set();
+    new MutationObserver(() => bar.hidden || window.parts.add(bar.value)).observe(bar, { attributes: true });
+  });
+  await page.getByLabel("Show each step").check();
+  assertSame(await settled(), reloaded, "previews changed the picture");
+  const parts = await page.evaluate(() => [...window.parts]);
+  assert.ok(parts.length > 0 && parts.every((part) => part < 1), `no steps were shown: ${parts}`);
+  assert.ok(heard.previews > 0, "no preview came");
+  assert.equal(await page.evaluate(() => window.lcm.shown), heard.answers, "a preview counts as an answer");
+  await page.getByLabel("Show each step").uncheck();
+
+  await page.getByLabel("LoRA file").setInputFiles(broken);
+  await page.locator("#more .wrong", { hasText: "safetensors" }).waitFor();
+  await page.getByRole("button", { name: "No LoRA" }).click();
+  await page.locator("#more .wrong", { hasText: "safetensors" }).waitFor({ state: "detached" }); // a mended fault is told no more
+  await page.getByLabel("LoRA file").setInputFiles(lora);
+  await page.waitForFunction((name) => document.querySelector("[data-lora=address]").value === name, loraName);
+  assertDifferent(await settled(), reloaded, "the LoRA did not change the picture");
+  await page.getByRole("button", { name: "Use in your code" }).click();
+  await page.getByRole("radio", { name: "Python" }).check();
+  await page.locator("#drawer code", { hasText: `base64," + b64encode(Path("${loraName}")` }).waitFor();
+  await page.keyboard.press("Escape");
+  await page.getByRole("button", { name: "No LoRA" }).click();
+  assertSame(await settled(), reloaded, "the LoRA did not go");
+
+  flags = true;
+  await page.getByRole("button", { name: "Another seed", exact: true }).click();
+  await page.locator("#flagged").waitFor();
+  assert.equal(await page.locator("#picture").isVisible(), false, "a flagged picture is shown");
+  flags = false;
+  await page.getByRole("button", { name: "Switch the checker off" }).click();
+  await page.locator("#flagged").waitFor({ state: "hidden" });
+  assert.equal(await page.getByLabel("Safety checker").isChecked(), false);
+
+  await fetch(`${url}/models/embedded/unload`, { method: "POST" });
+  await page.getByRole("button", { name: "Model: embedded" }).click();
+  await page.getByRole("button", { name: "loads when used" }).waitFor();
+  await page.keyboard.press("Escape");
+  await page.getByRole("radio", { name: "Text", exact: true }).check();
   const words = await settled();
   assert.ok(words.colors > 50, `the picture of words alone is blank: ${words.colors} colours`);
+  assert.equal(await page.getByLabel("Only inside the mask").isDisabled(), true, "words alone have a mask");
 
   await page.getByRole("button", { name: "Use in your code" }).click();
-  await page.waitForFunction(() => document.querySelector("#drawer code").textContent !== "");
-  const code = await page.locator("#drawer code").textContent();
+  await page.getByRole("radio", { name: "curl" }).check();
+  const code = await page.locator("#drawer code", { hasText: '"enable_safety_checks": false' }).textContent();
   assert.ok(code.includes(`${new URL(url).origin}/`), "the code does not name this server");
+
+  const isEvents = (request) => request.url().endsWith("/models/events");
+  const seen = (hidden) =>
+    page.evaluate((value) => {
+      Object.defineProperty(document, "hidden", { value, configurable: true });
+      document.dispatchEvent(new Event("visibilitychange"));
+    }, hidden);
+  await Promise.all([page.waitForEvent("requestfailed", isEvents), seen(true)]); // nobody listens in a hidden tab
+  await Promise.all([page.waitForEvent("request", isEvents), seen(false)]);
 
   assert.deepEqual([...hosts], [new URL(url).host], "the page asked other hosts");
   assert.deepEqual(complaints, []);
