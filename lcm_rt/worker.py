@@ -139,8 +139,8 @@ class Worker:
                 self._show(shown, engine.preview(shown))
 
     def _drain(self) -> None:
-        """Take in what has come; wait for it only when there is nothing to step."""
-        block = self._scheduler.idle
+        """Take in what has come; wait for it only when there is nothing else to do."""
+        block = self._scheduler.idle and not self._leaving
         while True:
             try:
                 message = self._inbox.get(block=block)

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
+# Before torch is imported, and for the engine processes too. Tiny networks gain nothing from a second thread, and on a
+# busy machine OpenMP's threads spend seconds waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if TYPE_CHECKING:
     from lcm_rt.catalog import ModelSpec
     from lcm_rt.engine.engine import Engine
