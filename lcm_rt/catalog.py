@@ -134,7 +134,13 @@ LICENCES = {
 CATALOG: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec(name="embedded", source=str(MODEL_DIR), licence="Apache-2.0", size=256),
+        ModelSpec(
+            name="embedded",
+            source=str(MODEL_DIR),
+            licence="Apache-2.0",
+            size=256,
+            controlnet=str(MODEL_DIR / "controlnet"),
+        ),
         ModelSpec(
             name="sdv1-5",
             source="SimianLuo/LCM_Dreamshaper_v7",

@@ -153,3 +153,8 @@ def from_wire(data: dict[str, Any]) -> LcmError:
     if issubclass(kind, InputError):
         return kind(data["field"], data["message"], data["kind"])
     return kind(data["message"])
+
+
+def renewed(error: LcmError) -> LcmError:
+    """The same error, to be raised again: an exception keeps all the frames that it ever went through."""
+    return from_wire(to_wire(error))

@@ -1,9 +1,9 @@
 """Picture files to pixels and back, with limits checked before decoding; knows no tensor and no network.
 
 What becomes of an input picture, in this order: its EXIF orientation is applied, transparency is laid on white, it is
-scaled to cover the size asked for (or, without one, scaled down until no side exceeds ``MAX_SIDE``), and its middle is
-cut out: at the size asked for, or at the largest multiples of 8. A mask belongs to the picture's own pixels and takes
-the same road.
+scaled to cover the size asked for (or, without one, scaled down until no side exceeds ``MAX_SIDE`` or what the server
+allows), and its middle is cut out: at the size asked for, or at the largest multiples of 8. A mask belongs to the
+picture's own pixels and takes the same road.
 
 With ``inpaint_mask_only`` the mask's surroundings are then enlarged to the whole canvas, and an ``Overlay`` brings what
 is painted there back into the picture. Region, enlargement and way back are those of the diffusers pipelines with
@@ -83,7 +83,8 @@ def read_canvas(request: GenerateRequest, default_side: int) -> Canvas:
     if request.image is None:
         if request.mask is not None:
             raise InputError("mask", "a mask needs an image")
-        width, height = request.size or (default_side, default_side)
+        side = min(default_side, request.max_side // GRID * GRID)
+        width, height = request.size or (side, side)
         return Canvas(width, height)
     image = _on(_open("image", request.image), "white").convert("RGB")
     mask = None
@@ -92,7 +93,7 @@ def read_canvas(request: GenerateRequest, default_side: int) -> Canvas:
         mask = _on(_open("mask", request.mask), "black").convert("L")
         if mask.size != image.size:
             raise ImageError("mask", f"is {_times(mask.size)} pixels, but the image is {_times(image.size)}")
-    scaled, size = _plan(image.size, request.size)
+    scaled, size = _plan(image.size, request.size, min(MAX_SIDE, request.max_side))
     if min(size) < MIN_SIDE:
         raise ImageError("image", f"{_times(image.size)} pixels is too small: no side of the result may be under 64")
     image = _fit(image, scaled, size)
@@ -144,11 +145,11 @@ def _on(picture: Image.Image, ground: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer)
 
 
-def _plan(size: tuple[int, int], wanted: tuple[int, int] | None) -> tuple[tuple[int, int], tuple[int, int]]:
+def _plan(size: tuple[int, int], wanted: tuple[int, int] | None, limit: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """The size to scale to, and the size of the middle to cut out of that."""
     width, height = size
     if wanted is None:
-        factor = min(1.0, MAX_SIDE / max(size))
+        factor = min(1.0, limit / max(size))
         scaled = (round(width * factor), round(height * factor))
         return scaled, (scaled[0] // GRID * GRID, scaled[1] // GRID * GRID)
     factor = max(wanted[0] / width, wanted[1] / height)

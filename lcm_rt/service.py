@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import secrets
 from collections.abc import Callable
 
-from lcm_rt.errors import ImageError, InputError, LcmError, NotFound
+from lcm_rt.errors import ImageError, InputError, NotFound
 from lcm_rt.files import Files
 from lcm_rt.loras import Loras
 from lcm_rt.metrics import Metrics
@@ -86,6 +86,7 @@ class Service:
         self.loras = loras
         self.metrics = metrics
         self._max_side = max_side
+        self._runs = itertools.count(1)
         self.default_model = next(iter(workers.models))
 
     def model_of_app(self, app: str) -> str:
@@ -174,17 +175,11 @@ class Service:
             format=wanted.format,
             quality=wanted.quality,
             priority=priority,
+            session=session,
+            owner=session or f"run-{next(self._runs)}",
+            max_side=self._max_side,
         )
-        parts: list[Generation] = []
-        try:
-            for number in range(wanted.num_images):
-                part = dataclasses.replace(
-                    request, seed=seed + number, session=None if session is None else f"{session}.{number}"
-                )
-                parts.append(self.workers.submit(part, on_begun, on_preview))
-        except LcmError:
-            Ongoing(parts, wanted).cancel()
-            raise
+        parts = self.workers.submit(request, on_begun, on_preview, count=wanted.num_images)
         return Ongoing(parts, wanted)
 
     def _size(self, wanted: GenerateInput) -> tuple[int, int] | None:

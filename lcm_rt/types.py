@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -65,8 +66,8 @@ File = Annotated[bytes, BeforeValidator(_bytes_by_text)]
 
 
 def is_request_id(value: Any) -> bool:
-    """Whether ``value`` may name a request: a number, or text of at most 1000 characters."""
-    return isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 1000)
+    """Whether ``value`` may name a request: a finite number, or text of at most 1000 characters."""
+    return (isinstance(value, int | float) and abs(value) < math.inf) or (isinstance(value, str) and len(value) <= 1000)
 
 
 def _request_id(value: Any) -> Any:
@@ -132,7 +133,8 @@ class GenerateRequest:
 
     ``image`` and ``mask`` are the bytes of picture files. ``size`` is (width, height), or None for the input picture's
     own size (text-to-image: the model's). ``lora`` is the path of a file whose name is its content's hash. ``session``
-    is shared by the messages of one realtime connection, of which only one at a time is stepped.
+    is shared by the messages of one realtime connection, of which only one at a time is stepped; ``owner`` by all that
+    one client asked for, so that nobody has all rows. Without ``size``, no side of the result is over ``max_side``.
     """
 
     model: str
@@ -155,6 +157,8 @@ class GenerateRequest:
     quality: int = 80
     priority: Priority = "run"
     session: str | None = None
+    owner: str = ""
+    max_side: int = MAX_SIDE
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lcm_rt.catalog import Choice, ModelSpec
@@ -87,6 +87,10 @@ class Room:
     made: threading.Event = field(default_factory=threading.Event)
 
 
+STAY_S = 3.0
+"""How long a model that was loaded stays, however many others want its room: else nobody would get a picture."""
+
+
 def _file(ticket: Ticket, picture: Picture) -> dict[str, Any]:
     """The picture as its client gets it: pasted into what was to be kept, unless it was flagged."""
     request, pixels = ticket.request, picture.pixels
@@ -105,14 +109,17 @@ class Worker:
         self._engine = engine
         self._channel = channel
         self._specs = {spec.name: spec for spec in specs}
-        self._scheduler: Scheduler[Ticket, Trajectory] = Scheduler(max_rows)
+        self._scheduler: Scheduler[Ticket, Trajectory] = Scheduler(max_rows, engine.max_area)
         self._inbox: queue.SimpleQueue[Message | Ticket | Undecoded | Room] = queue.SimpleQueue()
         self._decoding: set[int] = set()
         self._tickets: dict[int, Ticket] = {}
         self._rooms: list[Room] = []
         self._leaving: set[str] = set()  # models that begin nothing any more
+        self._loaded_at: dict[str, float] = {}
         self._decoders = ThreadPoolExecutor(2, "decode")
+        self._readers = ThreadPoolExecutor(1, "lora")  # they may be large, and pictures shall not wait for them
         self._encoders = ThreadPoolExecutor(2, "encode")
+        self._finders = ThreadPoolExecutor(2, "find")  # they may download for hours, and other models shall not wait
         self._loader = ThreadPoolExecutor(1, "load")
 
     def post(self, message: Message) -> None:
@@ -135,15 +142,16 @@ class Worker:
             stepped = self._step(batch)
             if done := scheduler.retire(stepped):
                 self._deliver(done, engine.finish(done))
-            if shown := [row for row in stepped if row.request.previews and not row.done]:
+            if shown := [row for row in stepped if self._wants_preview(row)]:
                 self._show(shown, engine.preview(shown))
 
     def _drain(self) -> None:
         """Take in what has come; wait for it only when there is nothing else to do."""
         block = self._scheduler.idle and not self._leaving
+        timeout = STAY_S / 10 if self._rooms else None  # then a model may go by and by, and nobody will say so
         while True:
             try:
-                message = self._inbox.get(block=block)
+                message = self._inbox.get(block, timeout)
             except queue.Empty:
                 return
             block = False
@@ -158,17 +166,27 @@ class Worker:
             elif isinstance(message, Room):
                 self._rooms.append(message)
             elif message["op"] == "submit":
-                self._decoding.add(message["key"])
-                self._decoders.submit(self._decode, message["key"], message["request"], time.perf_counter())
+                self._submit(message["keys"], message["request"])
             elif message["op"] == "drop":
                 self._drop(message["key"], running=message["running"])
             elif message["op"] == "load":
-                self._loader.submit(self._load, self._specs[message["model"]])
+                self._finders.submit(self._load, self._specs[message["model"]])
             elif message["op"] == "unload":
                 self._leave(message["model"])
 
-    def _decode(self, key: int, fields: dict[str, Any], received_at: float) -> None:
-        if key not in self._decoding:
+    def _submit(self, keys: Sequence[int], fields: dict[str, Any]) -> None:
+        """Take in one request for as many pictures as there are keys, with the seeds that follow."""
+        self._decoding.update(keys)
+        received_at = time.perf_counter()
+        if fields["lora"] is not None:
+            self._readers.submit(self._decode, keys, fields, received_at)
+        elif fields["image"] is not None or fields["mask"] is not None:
+            self._decoders.submit(self._decode, keys, fields, received_at)
+        else:
+            self._decode(keys, fields, received_at)
+
+    def _decode(self, keys: Sequence[int], fields: dict[str, Any], received_at: float) -> None:
+        if self._decoding.isdisjoint(keys):
             return  # dropped while it waited for its turn: a fast client must not pile up work that nobody wants
         try:
             size = fields.pop("size")
@@ -176,11 +194,16 @@ class Worker:
             begun_at = time.perf_counter()
             canvas = read_canvas(request, self._engine.traits(request.model).size)
             adapter = self._engine.adapter(request)
-            ticket = Ticket(key, request, canvas, adapter, received_at, {"decode": time.perf_counter() - begun_at})
+            seconds = time.perf_counter() - begun_at
         except Exception as error:  # noqa: BLE001  a hostile picture must not end the loop
-            self._inbox.put(Undecoded(key, error))
-        else:
-            self._inbox.put(ticket)
+            for key in keys:
+                self._inbox.put(Undecoded(key, error))
+            return
+        request = replace(request, image=None, mask=None)  # their bytes are not needed any more
+        for number, key in enumerate(keys):
+            session = None if request.session is None else f"{request.session}.{number}"
+            one = replace(request, seed=request.seed + number, session=session)
+            self._inbox.put(Ticket(key, one, canvas, adapter, received_at, {"decode": seconds}))
 
     def _drop(self, key: int, *, running: bool) -> None:
         """A newer message came (then only what has not begun goes), or the client left."""
@@ -248,18 +271,20 @@ class Worker:
         }
         self._channel.send({"op": "result", "key": row.key, "result": result})
 
+    def _wants_preview(self, row: Trajectory) -> bool:
+        """Not while its last one waits to be encoded: none is made in vain, and nobody's result waits behind many."""
+        if not row.request.previews or row.done:
+            return False
+        shown = self._tickets[row.key].shown
+        return shown is None or shown.done()
+
     def _show(self, rows: list[Trajectory], pictures: list[Picture | LcmError]) -> None:
         for row, picture in zip(rows, pictures, strict=True):
             if not isinstance(picture, LcmError) and not picture.flagged:  # its end will tell
                 ticket = self._tickets[row.key]
-                earlier, steps, step = ticket.shown, row.steps, row.index
-                ticket.shown = self._encoders.submit(self._encode_preview, ticket, earlier, steps, step, picture)
+                ticket.shown = self._encoders.submit(self._encode_preview, ticket, row.steps, row.index, picture)
 
-    def _encode_preview(
-        self, ticket: Ticket, earlier: Future[None] | None, steps: int, step: int, picture: Picture
-    ) -> None:
-        if earlier:
-            earlier.result()
+    def _encode_preview(self, ticket: Ticket, steps: int, step: int, picture: Picture) -> None:
         try:
             preview = _file(ticket, picture) | {"step": step, "num_inference_steps": steps}
         except Exception:
@@ -267,16 +292,22 @@ class Worker:
             return
         self._channel.send({"op": "preview", "key": ticket.key, "preview": preview})
 
-    def load_all(self, names: list[str]) -> None:
+    def load_all(self, names: list[str], *, strict: bool) -> None:
         """Load models in order, from another thread than the loop's; those that find no room are left out.
 
-        Raises: what the first one that cannot be loaded raises.
+        Raises: if ``strict``, what the first one that cannot be loaded raises.
         """
         for name in names:
-            self._loader.submit(self._load_if_it_fits, self._specs[name]).result()
+            spec = self._specs[name]
+            try:
+                parts, size = self._engine.locate(spec, self._reporter(spec))
+                self._loader.submit(self._load_if_it_fits, spec, parts, size).result()
+            except Exception as error:
+                if strict:
+                    raise
+                self._send_failed(spec, error)
 
-    def _load_if_it_fits(self, spec: ModelSpec) -> None:
-        parts, size = self._engine.locate(spec, self._reporter(spec))
+    def _load_if_it_fits(self, spec: ModelSpec, parts: Parts, size: int) -> None:
         taken, limit = self._engine.memory
         if taken and taken + size > limit:
             logger.warning("there is no room for %s; it is loaded when it is asked for", spec.name)
@@ -285,22 +316,31 @@ class Worker:
             self._load_parts(spec, parts)
 
     def _load(self, spec: ModelSpec) -> None:
-        """Load one model that was asked for, once the ones longest unused have made room; in the loader's thread."""
+        """Load one model that was asked for, once the ones longest unused have made room."""
         try:
             parts, size = self._engine.locate(spec, self._reporter(spec))
-            room = Room(size)
-            self._inbox.put(room)
-            room.made.wait()
-            self._load_parts(spec, parts)
-        except Exception as error:
-            if not isinstance(error, LcmError):
-                logger.exception("%s cannot be loaded", spec.name)
-                error = Unavailable(f"{spec.name} cannot be loaded; the server's log says why")
-            self._channel.send({"op": "failed", "model": spec.name, "error": to_wire(error)})
+            if size > self._engine.memory[1]:
+                raise OutOfMemory(f"{spec.name} is larger than what the models may take")
+            self._loader.submit(self._load_into_room, spec, parts, size).result()
+        except Exception as error:  # noqa: BLE001
+            self._send_failed(spec, error)
+
+    def _load_into_room(self, spec: ModelSpec, parts: Parts, size: int) -> None:
+        room = Room(size)
+        self._inbox.put(room)
+        room.made.wait()
+        self._load_parts(spec, parts)
+
+    def _send_failed(self, spec: ModelSpec, error: Exception) -> None:
+        if not isinstance(error, LcmError):
+            logger.error("%s cannot be loaded", spec.name, exc_info=error)
+            error = Unavailable(f"{spec.name} cannot be loaded; the server's log says why")
+        self._channel.send({"op": "failed", "model": spec.name, "error": to_wire(error)})
 
     def _load_parts(self, spec: ModelSpec, parts: Parts) -> None:
         begun_at = time.perf_counter()
         self._engine.load(spec, parts, self._reporter(spec))
+        self._loaded_at[spec.name] = time.perf_counter()
         self._channel.send(
             {
                 "op": "loaded",
@@ -318,8 +358,9 @@ class Worker:
 
     def _leave(self, name: str) -> None:
         """Begin nothing of a model any more; it goes when its rows under way are done."""
-        self._leaving.add(name)
-        self._channel.send({"op": "leaving", "model": name})
+        if name in self._engine.loaded and name not in self._leaving:
+            self._leaving.add(name)
+            self._channel.send({"op": "leaving", "model": name})
 
     def _send_unloaded(self, name: str) -> None:
         self._channel.send({"op": "unloaded", "model": name, "memory": self._engine.memory[0]})
@@ -332,16 +373,18 @@ class Worker:
         while True:
             for name in self._leaving - in_use:
                 self._leaving.discard(name)
-                if name in self._engine.loaded:
-                    self._engine.unload(name)
+                self._engine.unload(name)
                 self._send_unloaded(name)
             if not self._rooms or self._leaving:
                 return
             taken, limit = self._engine.memory
-            if taken and taken + self._rooms[0].size > limit:
-                self._leave(self._engine.loaded[0])
-            else:
+            if not taken or taken + self._rooms[0].size <= limit:
                 self._rooms.pop(0).made.set()
+                continue
+            unused = self._engine.loaded[0]
+            if self._loaded_at[unused] > time.perf_counter() - STAY_S:
+                return
+            self._leave(unused)
 
     def _fail(self, key: int, error: Exception) -> None:
         self._tickets.pop(key, None)
@@ -366,10 +409,10 @@ def _listen(messages: Iterator[Message], channel: Channel, worker: Worker) -> No
     os._exit(0)
 
 
-def _load_first(worker: Worker, channel: Channel, names: list[str]) -> None:
-    """Load what is to be there from the start; an engine without it is of no use."""
+def _load_first(worker: Worker, channel: Channel, names: list[str], strict: bool) -> None:
+    """Load what is to be there from the start; if ``strict``, an engine without all of it is of no use."""
     try:
-        worker.load_all(names)
+        worker.load_all(names, strict=strict)
     except Exception as error:  # noqa: BLE001
         _give_up(channel, error)
     else:
@@ -403,10 +446,14 @@ def serve(end: socket.socket, create_engine: Callable[..., Engine]) -> None:
     worker = Worker(engine, channel, specs, start["max_rows"])
     for name, target, args in (
         ("listen", _listen, (messages, channel, worker)),
-        ("load-first", _load_first, (worker, channel, list(start["load"]))),
+        ("load-first", _load_first, (worker, channel, list(start["load"]), start["strict"])),
     ):
         threading.Thread(target=target, args=args, name=name, daemon=True).start()
-    worker.run()
+    try:
+        worker.run()
+    except Exception:
+        logger.critical("the loop has ended", exc_info=True)
+        os._exit(EXIT_STICKY)  # its threads would keep the process, and it would answer nobody
 
 
 def main() -> None:

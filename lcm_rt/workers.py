@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lcm_rt import catalog
 from lcm_rt.channel import AsyncChannel, Message
-from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Unavailable, from_wire
+from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Unavailable, from_wire, renewed
 from lcm_rt.metrics import Metrics
 from lcm_rt.types import GenerateRequest, GenerateResult, Preview
 
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 FIRST_RESTART_S = 0.1
 LAST_RESTART_S = 10.0
 PING_S = 5.0
+MAX_DEATHS = 2  # of engine processes in a row while they load the same model
+MAX_PENDING_BYTES = 512 * 2**20  # of pictures in requests that are not realtime
 STOP_S = 5.0
 
 
@@ -42,6 +44,8 @@ class ModelState:
     progress: float = 0.0
     load_seconds: float | None = None
     failure: LcmError | None = None
+    deaths: int = 0  # of engine processes while they loaded it
+    then: Literal["load", "unload"] | None = None  # what was asked for while it could not be done
 
     def become(self, state: Literal["loading", "ready", "unloading", "unloaded", "failed"]) -> None:
         self.state, self.stage, self.failure = state, "start" if state == "loading" else state, None
@@ -53,6 +57,7 @@ class Generation:
     """One request at the engine. ``result`` is a future of a ``GenerateResult``, or of an ``LcmError``."""
 
     key: int
+    request: GenerateRequest = field(repr=False)
     result: asyncio.Future[GenerateResult]
     on_begun: Callable[[], None] | None
     on_preview: Callable[[Preview], None] | None
@@ -129,7 +134,7 @@ class Workers:
         """Wait until requests are answered. Raises: LcmError if the engine cannot ever start."""
         await self._ready.wait()
         if self.failure:
-            raise self.failure
+            raise renewed(self.failure)
 
     async def wait_change(self, seen: int) -> None:
         """Wait until ``changes`` is not ``seen`` any more."""
@@ -141,7 +146,7 @@ class Workers:
         model = self.models[name]
         while model.state != "ready":
             if model.failure:
-                raise model.failure
+                raise renewed(model.failure)
             self.load(name)
             await self.wait_change(self.changes)
 
@@ -151,8 +156,9 @@ class Workers:
         Raises: LcmError: there can be no engine.
         """
         if self.failure:
-            raise self.failure
+            raise renewed(self.failure)
         model = self.models[name]
+        model.then = "load" if model.state == "unloading" else None
         if model.state in ("unloaded", "failed"):
             model.become("loading")
             if self._channel:
@@ -167,7 +173,7 @@ class Workers:
         """
         model = self.models[name]
         if model.failure:
-            raise model.failure
+            raise renewed(model.failure)
         if self.failure or model.state != "ready" or self._channel is None:
             self.load(name)
             raise ModelLoading(f"the model is loading ({name}: {model.stage} {model.progress:.0%})")
@@ -176,6 +182,7 @@ class Workers:
     def unload(self, name: str) -> None:
         """Have a model unloaded once its pictures under way are done; a request for it loads it again."""
         model = self.models[name]
+        model.then = "unload" if model.state == "loading" else None
         if model.state == "ready" and self._channel:
             model.become("unloading")
             self._channel.send({"op": "unload", "model": name})
@@ -186,25 +193,36 @@ class Workers:
         request: GenerateRequest,
         on_begun: Callable[[], None] | None = None,
         on_preview: Callable[[Preview], None] | None = None,
-    ) -> Generation:
-        """Hand a request to the engine process.
+        *,
+        count: int = 1,
+    ) -> list[Generation]:
+        """Hand a request to the engine process, for ``count`` pictures with the seeds that follow.
 
         Raises: as ``require``; Overloaded: too many are pending.
         """
         channel = self.require(request.model)
         # Realtime is bounded by its sessions; a flood of other requests must not cost a typist the newest message.
-        if request.priority != "realtime" and len(self._pending) >= self._max_pending:
-            raise Overloaded(f"{self._max_pending} requests are waiting already; try again soon")
-        key = next(self._keys)
-        generation = Generation(
-            key, asyncio.get_running_loop().create_future(), on_begun, on_preview, False, self._drop
-        )
-        self._pending[key] = generation
-        self._metrics.pending.set(len(self._pending))
+        if request.priority != "realtime":
+            size = len(request.image or b"") + len(request.mask or b"")
+            if len(self._pending) >= self._max_pending or self._pending_bytes + size > MAX_PENDING_BYTES:
+                raise Overloaded(f"{len(self._pending)} requests are waiting already; try again soon")
         # Not dataclasses.asdict: it would copy the picture's bytes.
         fields = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
-        channel.send({"op": "submit", "key": key, "request": fields})
-        return generation
+        loop = asyncio.get_running_loop()
+        made = [
+            Generation(next(self._keys), request, loop.create_future(), on_begun, on_preview, False, self._drop)
+            for _ in range(count)
+        ]
+        self._pending |= {generation.key: generation for generation in made}
+        self._metrics.pending.set(len(self._pending))
+        channel.send({"op": "submit", "keys": [generation.key for generation in made], "request": fields})
+        return made
+
+    @property
+    def _pending_bytes(self) -> int:
+        """Of the pictures that wait; those of one request are the same bytes."""
+        requests = {id(generation.request): generation.request for generation in self._pending.values()}
+        return sum(len(request.image or b"") + len(request.mask or b"") for request in requests.values())
 
     @property
     def stage(self) -> str:
@@ -246,7 +264,7 @@ class Workers:
             async with asyncio.TaskGroup() as tasks:
                 self._channel = channel = await AsyncChannel.open(ours)
                 wanted = [name for name, model in self.models.items() if model.state == "loading"]
-                channel.send(self._start | {"load": wanted})
+                channel.send(self._start | {"load": wanted, "strict": not self._readied})
                 watch = tasks.create_task(self._watch(process, channel))
                 while messages := await channel.receive():
                     for message in messages:
@@ -267,7 +285,12 @@ class Workers:
             self._ready.clear()
         self._metrics.ready.set(0)
         for model in self.models.values():
-            if model.state == "ready":
+            if model.state == "loading" and model.stage in ("weights", "compile", "warm-up"):
+                model.deaths += 1
+            if model.deaths >= MAX_DEATHS and len(self.models) > 1:  # the others shall not die with it for ever
+                model.become("failed")
+                model.failure = Unavailable(f"{model.spec.name}: the engine process ended each time it was loaded")
+            elif model.state in ("ready", "loading"):
                 model.become("loading")
             elif model.state == "unloading":
                 model.become("unloaded")
@@ -344,15 +367,21 @@ class Workers:
             case "loaded":
                 model = self.models[message["model"]]
                 model.become("ready")
+                model.deaths = 0
                 model.load_seconds = message["seconds"]
                 for name, value in message["traits"].items():
                     setattr(model, name, value)
                 self._metrics.model_bytes.set(message["memory"])
+                if model.then == "unload":
+                    self.unload(message["model"])
             case "leaving":
                 self.models[message["model"]].become("unloading")
             case "unloaded":
-                self.models[message["model"]].become("unloaded")
+                model = self.models[message["model"]]
+                model.become("unloaded")
                 self._metrics.model_bytes.set(message["memory"])
+                if model.then == "load":
+                    self.load(message["model"])
             case "failed":
                 model = self.models[message["model"]]
                 model.become("failed")

@@ -8,6 +8,7 @@ Run as a worker process by the tests of everything above the engine. Words in th
 ``crash``       the process dies in the step
 ``nan``         the picture comes out broken
 ``slow-load``   as a model's name: loading waits until the FIFO ``slow-load`` beside the model folder is written to
+``die-load``    as a model's name: the process dies while it loads it
 ``bad-load``    as a model's name: it cannot be loaded
 
 Every model weighs 10 MB.
@@ -19,6 +20,7 @@ import os
 import re
 import socket
 import sys
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lcm_rt import worker
 from lcm_rt.catalog import Choice, ModelSpec
 from lcm_rt.errors import GenerationFailed, LcmError, ModelLoading
 from lcm_rt.images import Canvas
@@ -70,12 +73,17 @@ class FakeRow:
         return (self.request.model, *self.size)
 
     @property
+    def area(self) -> int:
+        return 1
+
+    @property
     def done(self) -> bool:
         return self.index == self.steps
 
 
 class FakeEngine:
     device_name = "fake"
+    max_area = 100
 
     def __init__(
         self, *, device: str, compile: bool, threads: int | None, choice: Choice, memory_bytes: int | None
@@ -97,6 +105,9 @@ class FakeEngine:
         report("weights", 0.5)
         if spec.name == "slow-load":
             (Path(spec.source).parent / "slow-load").read_bytes()
+        if spec.name == "die-load":
+            time.sleep(0.05)  # its stage reaches the front
+            os._exit(9)
         if spec.name == "bad-load":
             raise LcmError("this model is no good")
         self.loaded.append(spec.name)
@@ -142,4 +153,5 @@ class FakeEngine:
 
 
 if __name__ == "__main__":
+    worker.STAY_S = 0.1
     serve(socket.socket(fileno=int(sys.argv[1])), FakeEngine)

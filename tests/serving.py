@@ -7,14 +7,15 @@ import functools
 import inspect
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import orjson
 import uvicorn
+from anyio.from_thread import start_blocking_portal
 from websockets.asyncio.client import ClientConnection, connect
 
 from lcm_rt.server.app import create_app, create_service
@@ -73,6 +74,14 @@ async def serving(
         server.should_exit = True
         await running
         end.close()
+
+
+@contextmanager
+def serving_aside(folder: Path, **settings: Any) -> Iterator[Server]:
+    """As ``serving``, in a thread of its own: for one that many tests share."""
+    running = serving(folder, **settings)
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(running) as server:
+        yield server
 
 
 async def until(condition: Callable[[], bool]) -> None:

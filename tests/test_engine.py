@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +14,13 @@ import pytest
 import torch
 from checkpoints import write_checkpoint, write_safety_checker
 from engines import TOLERANCE, begin, drain, engine_of, floats, half, picture, request, run
+from engines import load as engine_load
 from loras import write_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcm_rt.engine.engine import Engine
 from lcm_rt.engine.runner import Batch, Runner
-from lcm_rt.errors import GenerationFailed, InputError, ModelLoading, OutOfMemory
+from lcm_rt.errors import GenerationFailed, InputError, LcmError, ModelLoading, OutOfMemory
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,44 @@ def test_a_row_does_not_notice_its_batch(engine, loras, name):
     for row, (alone, canvas) in zip(together, asked, strict=True):
         expected = floats(engine, run(engine, begin(engine, alone, **canvas)))
         np.testing.assert_allclose(floats(engine, row), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["lcm", "plain", "nine", "xl-plain"])
+def test_a_model_that_is_loaded_meanwhile_changes_no_picture(engine, loras, name):
+    # The loaders of diffusers and transformers set the default dtype of the whole process.
+    asked = mixed(name, loras)
+    expected = [begin(engine, one, **canvas) for one, canvas in asked]
+    drain(engine, expected)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rows = [begin(engine, one, **canvas) for one, canvas in asked]
+        drain(engine, rows)
+        done = engine.finish(rows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for row, other, one in zip(rows, expected, done, strict=True):
+        assert torch.equal(row.latents, other.latents)
+        assert not isinstance(one, LcmError)
+
+
+def test_a_load_that_fails_leaves_the_default_dtype(specs, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(specs["lcm"].source, folder)
+    config = folder / "unet" / "config.json"
+    config.write_text(config.read_text().replace("CrossAttnDownBlock2D", "NoSuchBlock"))
+    engine = Engine(device="cpu", threads=1)
+    engine._dtype = torch.bfloat16
+    with pytest.raises(LcmError):
+        engine_load(engine, replace(specs["lcm"], source=str(folder)))
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_unloaded_model_is_out_of_memory_at_once(specs):
+    engine = engine_of(specs["lcm"])
+    run(engine, begin(engine, request()))
+    unet = weakref.ref(engine._served["lcm"].model.unet)
+    engine.unload("lcm")
+    assert unet() is None
 
 
 def test_guidance_is_a_second_row_only_where_it_has_to_be(engine):

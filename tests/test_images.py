@@ -398,7 +398,7 @@ def test_sizes_beyond_1024_show_the_same_middle(given, size):
 )
 def test_every_size_up_to_4096_is_covered_and_no_more(given_size, size):
     size = (8 * size[0], 8 * size[1])
-    scaled, cut = images._plan(given_size, size)
+    scaled, cut = images._plan(given_size, size, 1024)
     assert cut == size
     assert min(scaled[0] - size[0], scaled[1] - size[1]) == 0
     factor = max(size[0] / given_size[0], size[1] / given_size[1])

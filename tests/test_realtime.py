@@ -300,6 +300,23 @@ async def test_messages_wait_while_the_model_loads(tmp_path: Path) -> None:
 
 
 @run
+async def test_what_waits_for_a_model_and_is_out_of_date_is_forgotten(tmp_path: Path) -> None:
+    loading = tmp_path / "slow-load"
+    os.mkfifo(loading)
+    model = model_folder(tmp_path / "model", "slow-load")
+    async with serving(tmp_path, ready=False, models=[model]) as server, server.connect() as socket:
+        before = len(asyncio.all_tasks())
+        for number in range(100):
+            await say(socket, prompt="lake", request_id=number, **SMALL)
+        await until(lambda: server.metric("lcm_rt_messages_total") == 100)
+        assert len(asyncio.all_tasks()) <= before + 5
+        await asyncio.to_thread(loading.write_bytes, b"go")
+        while (answer := await hear(socket)).get("type") == "x-fal-message":
+            pass
+        assert answer["request_id"] == 99
+
+
+@run
 async def test_the_engine_dies_and_the_socket_stays(tmp_path: Path) -> None:
     async with serving(tmp_path) as server, server.connect() as socket, server.connect() as other:
         workers = server.service.workers

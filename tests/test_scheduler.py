@@ -19,6 +19,7 @@ class Row:
     request: GenerateRequest
     bucket: str = "small"
     steps_left: int = 4
+    area: int = 1
 
     @property
     def done(self) -> bool:
@@ -29,6 +30,10 @@ def row(
     key: int, *, session: str | None = None, priority: Priority = "run", bucket: str = "small", steps: int = 4
 ) -> Row:
     return Row(key, GenerateRequest("m", "p", 0, session=session, priority=priority), bucket, steps)
+
+
+def owned(key: int, owner: str) -> Row:
+    return Row(key, GenerateRequest("m", "p", 0, session=f"{owner}.{key}", owner=owner, priority="realtime"))
 
 
 def keys(rows: list[Row]) -> list[int]:
@@ -172,3 +177,38 @@ def test_everything_is_stepped_exactly_its_steps(work: list[tuple[Priority, str,
             assert r.steps_left >= 0
         finished += keys(scheduler.retire(batch))
     assert sorted(finished) == list(range(len(work)))
+
+
+def test_nobody_has_every_row() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(4)
+    for key in range(8):
+        scheduler.add(owned(key, "greedy"))
+    assert begin(scheduler) == [0, 1, 2]
+    scheduler.add(owned(8, "other"))
+    assert begin(scheduler) == [8]
+
+
+def test_who_has_fewest_rows_goes_first() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(4)
+    for key, owner in enumerate("aaaabb"):
+        scheduler.add(owned(key, owner))
+    assert begin(scheduler) == [0, 4, 1, 5]
+
+
+def test_a_forward_is_no_larger_than_it_may_be_and_all_rows_take_turns() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(8, max_area=20)
+    for key in range(5):
+        scheduler.add(Row(key, GenerateRequest("m", "p", 0), area=8))
+    begin(scheduler)
+    seen = [keys(scheduler.schedule()) for _ in range(50)]
+    assert all(len(batch) == 2 for batch in seen)
+    for start in range(48):  # whoever was stepped waits for two forwards at most
+        assert {key for batch in seen[start : start + 3] for key in batch} == set(range(5))
+
+
+def test_a_row_that_is_too_large_for_any_forward_goes_alone() -> None:
+    scheduler: Scheduler[Row, Row] = Scheduler(8, max_area=20)
+    for key in range(2):
+        scheduler.add(Row(key, GenerateRequest("m", "p", 0), area=50))
+    begin(scheduler)
+    assert [keys(scheduler.schedule()) for _ in range(4)] == [[0], [1], [0], [1]]

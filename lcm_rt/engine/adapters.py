@@ -375,15 +375,15 @@ class _Rows:
         """Of each used row: how much of its adapter it gets, in the dtype of the adapter."""
         key = (patch.scales, times)
         if key not in self._kept:
-            own = self._tensor([patch.scales[slot] for slot in self._slots])
+            own = self._tensor([patch.scales[slot] for slot in self._slots], torch.float32)
             amounts = self._scales.index_select(0, self._tensor(self._used)) * own
             self._kept[key] = amounts.to(patch.down.dtype).repeat(times)
         return self._kept[key]
 
-    def _tensor(self, values: Sequence[float]) -> Tensor:
+    def _tensor(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
         # From any other memory the host would wait for all that the device has yet to do.
         device = self._scales.device
-        return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _add(rows: _Rows, patch: Patch, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -488,6 +488,12 @@ class Adapters:
         self._kept: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._reading: dict[tuple[str, str], Future[Adapter]] = {}
 
+    def forget(self, model_key: str) -> None:
+        """Drop the adapters of a model that is gone."""
+        with self._lock:
+            for key in [key for key in self._kept if key[1] == model_key]:
+                del self._kept[key]
+
     def get(
         self,
         path: Path,
@@ -513,6 +519,8 @@ class Adapters:
         if reading is not None:
             return reading.result()
         try:
+            if path.is_file() and path.stat().st_size > self._max_bytes:  # before it fills the device
+                raise InputError(FIELD, f"is larger than the {self._max_bytes >> 20} MiB that there are for LoRAs")
             adapter = read_adapter(path, networks, device, dtype, id)
             if adapter.bytes > self._max_bytes:
                 raise InputError(

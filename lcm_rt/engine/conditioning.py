@@ -64,7 +64,8 @@ def _with(adapter: Adapter | None, scale: float, network: torch.nn.Module, part:
     if adapter is None:
         yield
         return
-    with applied(network, part, [adapter], torch.tensor([scale], device=next(network.parameters()).device)):
+    scales = torch.tensor([scale], dtype=torch.float32, device=next(network.parameters()).device)
+    with applied(network, part, [adapter], scales):
         yield
 
 
@@ -82,7 +83,7 @@ class Randomness:
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         # NOTE: one draw of (1, ...) each, as diffusers' randn_tensor does it. A draw of (n, ...) gives other numbers
         # when a row's size is no multiple of 16.
-        return torch.randn((1, *shape), generator=self.generator)[0].to(self.device)
+        return torch.randn((1, *shape), generator=self.generator, dtype=torch.float32)[0].to(self.device)
 
 
 def as_tensor(image: npt.NDArray[np.uint8], device: torch.device) -> Tensor:

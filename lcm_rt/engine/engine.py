@@ -11,6 +11,7 @@ The engine holds models and bounded caches. Everything about a request is in its
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -110,6 +111,11 @@ class Engine:
         return sum(served.bytes for served in list(self._served.values())), self._memory_bytes
 
     @property
+    def max_area(self) -> int:
+        """Latents of one channel that a forward may have in all, so that none takes too long: a device's worth."""
+        return (16 if self._device.type == "cuda" else 1) * 128**2
+
+    @property
     def loaded(self) -> list[str]:
         """Names of the models that can begin a picture; the one longest unused is first."""
         return list(self._used)
@@ -166,6 +172,8 @@ class Engine:
     def unload(self, name: str) -> None:
         """Forget a model; none of its rows may be under way."""
         del self._served[name], self._used[name]
+        self._adapters.forget(name)
+        gc.collect()  # compiled networks hold themselves in cycles
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -253,14 +261,14 @@ class Engine:
             noises=torch.stack(noises),
             prompt=prompt,
             negative=negative,
-            guidance=torch.tensor(request.guidance_scale, device=self._device),
+            guidance=_scalar(request.guidance_scale, self._device),
             guidance_embedding=embedding,
             size_ids=None if model.pooled_width is None else torch.tensor(sizes, device=self._device).to(model.dtype),
             known=known,
             surroundings=surroundings,
             control=control,
             adapter=adapter,
-            adapter_scale=torch.tensor(request.lora_scale if adapter else 0.0, device=self._device),
+            adapter_scale=_scalar(request.lora_scale if adapter else 0.0, self._device),
             steps=len(visited),
             timings={"text": encoding - started, "encode": ended - encoding},
         )
@@ -271,7 +279,7 @@ class Engine:
         """How a row is pushed towards its prompt: by a second row without it, or by an embedding, or not at all."""
         model = served.model
         if model.guidance_dim is not None:
-            w = torch.tensor([request.guidance_scale - 1])
+            w = torch.tensor([request.guidance_scale - 1], dtype=torch.float32)
             embedding = sampling.guidance_embedding(w, model.guidance_dim)[0]
             return None, embedding.to(self._device, model.dtype)
         if request.guidance_scale <= 1:
@@ -363,7 +371,7 @@ def _canvas_latents(
     if model.takes_mask:
         # Without a mask everything is painted, and nothing shows of the picture.
         mask = np.ones((canvas.height, canvas.width), dtype=bool) if canvas.mask is None else canvas.mask
-        shown = torch.zeros(3, canvas.height, canvas.width, device=noise.device) if picture is None else picture
+        shown = noise.new_zeros(3, canvas.height, canvas.width) if picture is None else picture
         masked = shown.masked_fill(torch.from_numpy(mask).to(noise.device), 0.0)
         where = conditioning.latent_mask(mask, model.pixels_per_latent, noise.device)
         surroundings = torch.cat([where, conditioning.encode_picture(model, masked, random)]).to(model.dtype)
@@ -400,6 +408,11 @@ def _predict(runner: Runner, batch: Sequence[Trajectory], x: Tensor) -> Tensor:
     for i, without in zip(guided, output[len(batch) :], strict=True):
         opinions[i] = sampling.guide(opinions[i], without, batch[i].guidance)
     return torch.stack(opinions)
+
+
+def _scalar(value: float, device: torch.device) -> Tensor:
+    # NOTE: never without a dtype. While another thread loads a model, its loaders set the default one, of all threads.
+    return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def _stack(tensors: Iterable[Tensor | None]) -> Tensor | None:

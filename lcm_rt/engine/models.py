@@ -80,6 +80,14 @@ def load_model(spec: ModelSpec, parts: Parts, device: torch.device, dtype: torch
         NotFound: a part is missing, or has its weights in another form than safetensors.
         InputError: this is a kind of model that is not served here.
     """
+    try:
+        return _load(spec, parts, device, dtype)
+    finally:
+        # The loaders set the default of the whole process, and leave it so when they fail.
+        torch.set_default_dtype(torch.float32)
+
+
+def _load(spec: ModelSpec, parts: Parts, device: torch.device, dtype: torch.dtype) -> Model:
     import diffusers
     import transformers
 
@@ -98,14 +106,13 @@ def load_model(spec: ModelSpec, parts: Parts, device: torch.device, dtype: torch
     if vae_class not in ("AutoencoderKL", "AutoencoderTiny"):
         raise InputError("model", f"{spec.name} has a VAE of unknown class {vae_class!r}")
 
+    # What a LoRA is merged into is rounded once, after it.
+    precision = torch.float32 if parts.lcm_lora else dtype
+
     def load(kind: Any, part: str, elsewhere: Path | None = None) -> Any:
-        network: Any
         if elsewhere is None and parts.base.is_file():
-            network = singlefile.load_network(kind, part, parts.base, folder, dtype)
-        else:
-            network = _load_folder(kind, elsewhere or parts.base / part, dtype)
-        # How the convolutions of both devices work inside: a third off the VAE decoder's time on a CPU.
-        return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            return singlefile.load_network(kind, part, parts.base, folder, precision)
+        return _load_folder(kind, elsewhere or parts.base / part, precision)
 
     schedule = Schedule.from_config(
         _read_json(folder / "scheduler" / "scheduler_config.json"), turbo=parts.distillation == "turbo"
@@ -154,9 +161,13 @@ def load_model(spec: ModelSpec, parts: Parts, device: torch.device, dtype: torch
         control_scale=CONTROL_SCALE[family],
     )
     if parts.lcm_lora:
-        adapter = read_adapter(parts.lcm_lora, model.networks, device, torch.float32, "lcm-lora")
+        adapter = read_adapter(parts.lcm_lora, model.networks, "cpu", torch.float32, "lcm-lora")
         for part, network in model.networks.items():
             fuse(network, part, adapter)
+    for network in (*model.networks.values(), model.vae, model.controlnet):
+        if network is not None:
+            # Channels last is how the convolutions of both devices work inside: a third off the VAE's time on a CPU.
+            network.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     return model
 
 

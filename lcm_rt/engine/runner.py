@@ -40,9 +40,9 @@ class Runner:
     def __init__(self, model: Model, *, compile: bool = False) -> None:
         self._model = model
         self._compiled_at: tuple[int, ...] | None = None
-        self._fast_unet: Callable[..., Tensor] = torch.compile(self._unet) if compile else self._unet
-        self._fast_decode: Callable[..., Tensor] = torch.compile(self._decode) if compile else self._decode
-        self._compile = compile
+        # None, and not the plain methods: kept in here they would be a cycle, and an unloaded model would stay.
+        self._compiled_unet: Callable[..., Tensor] | None = torch.compile(self._unet) if compile else None
+        self._compiled_decode: Callable[..., Tensor] | None = torch.compile(self._decode) if compile else None
 
     def predict(self, batch: Batch) -> Tensor:
         """The UNet's output (B, C, H, W) in float32."""
@@ -56,13 +56,14 @@ class Runner:
             assert batch.adapter_scales is not None
             with applied(self._model.unet, "unet", batch.adapters, batch.adapter_scales):
                 return self._unet(x, *inputs, residuals).float()
-        if residuals is None and x.shape[2:] == self._compiled_at:
-            return self._fast_unet(x, *inputs).float()
+        if self._compiled_unet and residuals is None and x.shape[2:] == self._compiled_at:
+            return self._compiled_unet(x, *inputs).float()
         return self._unet(x, *inputs, residuals).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), float32 in 0..1, of clean latents."""
-        decode = self._fast_decode if latents.shape[2:] == self._compiled_at else self._decode
+        fast = self._compiled_decode if latents.shape[2:] == self._compiled_at else None
+        decode = fast or self._decode
         return decode((latents / self._model.vae.config.scaling_factor).to(self._model.dtype)).float()
 
     def warm_up(self, side: int, report: Callable[[float], None]) -> None:
@@ -76,14 +77,14 @@ class Runner:
             embedding = None if model.guidance_dim is None else x.new_zeros(rows, model.guidance_dim)
             pooled = None if model.pooled_width is None else x.new_zeros(rows, model.pooled_width)
             sizes = None if model.pooled_width is None else x.new_zeros(rows, 6)
-            if self._compile and rows > 1:
+            if self._compiled_unet and rows > 1:
                 for tensor in (latents, x, t, context, embedding, pooled, sizes):
                     if tensor is not None:
                         torch._dynamo.mark_dynamic(tensor, 0)
-            self._fast_unet(x, t, context, embedding, pooled, sizes)
-            self._fast_decode(latents)
+            (self._compiled_unet or self._unet)(x, t, context, embedding, pooled, sizes)
+            (self._compiled_decode or self._decode)(latents)
             report(done / 2)
-        if self._compile:
+        if self._compiled_unet:
             self._compiled_at = (side, side)
 
     def _control(self, batch: Batch, x: Tensor, rows: list[int]) -> list[Tensor]:

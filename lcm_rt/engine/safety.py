@@ -38,8 +38,8 @@ class SafetyChecker:
         self._care_limits = checker.special_care_embeds_weights.to(device)
         self._concepts = functional.normalize(checker.concept_embeds.to(device))
         self._limits = checker.concept_embeds_weights.to(device)
-        self._mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
-        self._std = torch.tensor(STD, device=device).view(3, 1, 1)
+        self._mean = torch.tensor(MEAN, dtype=torch.float32, device=device).view(3, 1, 1)
+        self._std = torch.tensor(STD, dtype=torch.float32, device=device).view(3, 1, 1)
         self.bytes: int = sum(weight.nbytes for weight in checker.parameters())
 
     @torch.inference_mode()

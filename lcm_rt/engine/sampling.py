@@ -118,7 +118,7 @@ def timesteps(schedule: Schedule, steps: int, strength: float = 1.0) -> list[int
 
 def boundary(t: Tensor, timestep_scaling: float) -> tuple[Tensor, Tensor]:
     """``c_skip`` and ``c_out``: the consistency function is the identity at t = 0 (Luo et al., section 4)."""
-    scaled = t * timestep_scaling
+    scaled = t.float() * timestep_scaling
     norm = scaled**2 + SIGMA_DATA**2
     return SIGMA_DATA**2 / norm, scaled / norm**0.5
 
@@ -134,7 +134,7 @@ def coefficients(schedule: Schedule, visited: list[int]) -> Tensor:
     """
     t = torch.tensor(visited)
     now = schedule.alphas_cumprod[t]
-    after = torch.cat([now[1:], torch.ones(1)])
+    after = torch.cat([now[1:], now.new_ones(1)])
     alpha, sigma, alpha_next, sigma_next = now.sqrt(), (1 - now).sqrt(), after.sqrt(), (1 - after).sqrt()
     c_skip, c_out = boundary(t, schedule.timestep_scaling)
     stays, fresh = torch.zeros_like(sigma), sigma_next

@@ -74,6 +74,11 @@ class Trajectory:
     def done(self) -> bool:
         return self.index >= self.steps
 
+    @property
+    def area(self) -> int:
+        """Latents of one channel: what its step costs."""
+        return self.bucket.height * self.bucket.width
+
     def advance(self, latents: Tensor, denoised: Tensor, seconds: float) -> None:
         """Take what a step of ``seconds`` made."""
         self.latents = latents

@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -113,6 +114,7 @@ class _Connection:
         self._send_timeout_s = send_timeout_s
         # Bounded by the session's window, one preview, and one notice for each wait for a model.
         self._outbox: asyncio.Queue[tuple[Frame, bool]] = asyncio.Queue()
+        self._serving: dict[Message[Frame], asyncio.Task[None]] = {}
         self._ongoing: dict[Message[Frame], Ongoing] = {}
         self._counted = 0
         self._told_loading = False
@@ -159,6 +161,7 @@ class _Connection:
         self._service.metrics.messages.inc()
         for message in self._session.receive(frame):
             if message.parked:
+                self._serving[message].cancel()  # it waits for its model, and would for long
                 self._answer(message)
             elif ongoing := self._ongoing.get(message):
                 ongoing.supersede()
@@ -168,7 +171,13 @@ class _Connection:
     def _advance(self) -> None:
         """Start what the window has room for."""
         while message := self._session.take():
-            self._tasks.create_task(self._serve(message))
+            task = self._serving[message] = self._tasks.create_task(self._serve(message))
+            task.add_done_callback(partial(self._served, message))
+
+    def _served(self, message: Message[Frame], task: asyncio.Task[None]) -> None:
+        # A message that was put back into the mailbox may be served by another task by now.
+        if self._serving.get(message) is task:
+            del self._serving[message]
 
     async def _serve(self, message: Message[Frame]) -> None:
         """See one message through to its answer."""
@@ -178,8 +187,6 @@ class _Connection:
             wanted = wire.parse_input(data)
             while (output := await self._generate(message, wanted)) is None:
                 await self._service.workers.wait_model(self._service.model_of(wanted, self._model))
-                if message.answered:  # dropped for a newer one
-                    return
                 self._session.unpark(message)
             reply = wire.encode_output(output, wanted, message.frame)
         except Superseded:
