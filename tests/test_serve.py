@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from websockets.sync.client import connect
+
+from lcm_rt.server.serve import listen
 
 
 @contextmanager
@@ -48,3 +51,8 @@ def test_a_model_that_cannot_be_loaded_ends_it(tmp_path: Path) -> None:
         assert process.stderr
         assert "holds no whole set of .safetensors weights" in process.stderr.read()
         assert process.wait(20) == 1
+
+
+def test_small_answers_leave_at_once() -> None:
+    with listen("127.0.0.1", 0) as end:
+        assert end.proto == socket.IPPROTO_TCP  # what asyncio asks before it sets TCP_NODELAY
