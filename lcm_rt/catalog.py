@@ -251,6 +251,7 @@ def licences(spec: ModelSpec) -> dict[str, str]:
     found: dict[str, str] = {}
     for reference in filter(None, parts):
         where = read_reference(reference)
+        own = reference == spec.source or isinstance(where, Path)
         repo = where.repo if isinstance(where, Place) else str(where)
-        found.setdefault(repo, spec.licence if reference == spec.source else LICENCES.get(repo, "see its repository"))
+        found.setdefault(repo, spec.licence if own else LICENCES.get(repo, "see its repository"))
     return found

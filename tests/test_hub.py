@@ -385,7 +385,8 @@ def test_the_embedded_model_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     for vae in (None, "tiny", "full"):
         parts = hub.locate(resolve("embedded"), Choice(vae=vae))
-        assert parts == hub.Parts(Path(catalog.CATALOG["embedded"].source))
+        base = Path(catalog.CATALOG["embedded"].source)
+        assert parts == hub.Parts(base, controlnet=base / "controlnet")
 
 
 def test_a_plain_folder_gets_the_lora_of_its_family_and_nothing_unasked(fake: FakeHub, shelf: Path) -> None:

@@ -8,3 +8,4 @@ from __future__ import annotations
 from pathlib import Path
 
 MODEL_DIR = Path(__file__).parent / "model"
+LORA_DIR = Path(__file__).parent / "loras"

@@ -519,13 +519,9 @@ class Adapters:
         if reading is not None:
             return reading.result()
         try:
-            if path.is_file() and path.stat().st_size > self._max_bytes:  # before it fills the device
-                raise InputError(FIELD, f"is larger than the {self._max_bytes >> 20} MiB that there are for LoRAs")
+            self._check(path.stat().st_size if path.is_file() else 0)  # before it fills the device
             adapter = read_adapter(path, networks, device, dtype, id)
-            if adapter.bytes > self._max_bytes:
-                raise InputError(
-                    FIELD, f"takes {adapter.bytes >> 20} MiB; at most {self._max_bytes >> 20} MiB are there for LoRAs"
-                )
+            self._check(adapter.bytes)
         except BaseException as error:
             with self._lock:
                 del self._reading[key]
@@ -538,3 +534,7 @@ class Adapters:
                 self._kept.popitem(last=False)
         mine.set_result(adapter)
         return adapter
+
+    def _check(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise InputError(FIELD, f"takes {size >> 20} MiB; at most {self._max_bytes >> 20} MiB are there for LoRAs")
