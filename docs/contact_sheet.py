@@ -11,9 +11,10 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 SIDE, GAP, TEXT = 160, 8, 18
 COLUMNS = 6
@@ -34,6 +35,7 @@ PROMPTS = [
 ]
 
 SKY, DUSK, DARK = (135, 190, 235), (240, 140, 80), (18, 24, 52)
+Cell = tuple[str, Image.Image]  # a caption and a picture
 Shape = tuple[str, list[tuple[int, int]] | tuple[int, int, int, int], tuple[int, int, int]]
 
 # A flat sketch as a child would draw it, at 256 px: sky colour, then shapes.
@@ -80,6 +82,14 @@ INPAINTINGS = [("a desert at night with a moon", (16, 8, 240, 120)), ("a house a
 """A prompt, and the box that is painted anew: of the tenth and of the fifth picture."""
 
 
+def draw_sketch(sky: tuple[int, int, int], shapes: list[Shape]) -> Image.Image:
+    sketch = Image.new("RGB", (256, 256), sky)
+    draw = ImageDraw.Draw(sketch)
+    for kind, where, colour in shapes:
+        getattr(draw, kind)(where, fill=colour)
+    return sketch
+
+
 def generate(output: Path, prompt: str, seed: int, *more: str) -> Image.Image:
     command = [sys.executable, "-m", "lcm_rt", "generate", prompt, "-o", str(output), "--seed", str(seed), *more]
     print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
@@ -90,16 +100,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     seed = parser.parse_args().seed
-    cells: list[tuple[str, Image.Image]] = []
+    cells: list[Cell] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pictures = [generate(folder / f"{n}.png", prompt, seed) for n, prompt in enumerate(PROMPTS)]
         cells += zip(PROMPTS, pictures, strict=True)
         for prompt, sky, shapes in SKETCHES:
-            sketch = Image.new("RGB", (256, 256), sky)
-            draw = ImageDraw.Draw(sketch)
-            for kind, where, colour in shapes:
-                getattr(draw, kind)(where, fill=colour)
+            sketch = draw_sketch(sky, shapes)
             sketch.save(folder / "sketch.png")
             painted = generate(
                 folder / "painted.png", prompt, seed, "-i", str(folder / "sketch.png"), "--strength", "0.5"
@@ -117,6 +124,11 @@ def main() -> None:
                 "-i", str(folder / "before.png"), "-m", str(folder / "mask.png"), "--strength", "0.9",
             )  # fmt: skip
             cells += [("mask", marked), (f"= {prompt}", after)]
+    save(cells, "contact-sheet.png")
+
+
+def save(cells: Sequence[Cell], name: str) -> None:
+    """Write pictures with their captions, six in a line, to the file ``name`` beside this one."""
     rows = -(-len(cells) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (SIDE + GAP + TEXT) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
@@ -124,9 +136,10 @@ def main() -> None:
     for number, (caption, image) in enumerate(cells):
         x = GAP + number % COLUMNS * (SIDE + GAP)
         y = GAP + number // COLUMNS * (SIDE + GAP + TEXT)
-        sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+        shown = ImageOps.contain(image, (SIDE, SIDE), Image.Resampling.LANCZOS)
+        sheet.paste(shown, (x, y + (SIDE - shown.height) // 2))
         draw.text((x, y + SIDE + 2), caption, fill="black", font=font)
-    path = Path(__file__).with_name("contact-sheet.png")
+    path = Path(__file__).with_name(name)
     sheet.point(lambda level: level & 0xFC | level >> 6).save(path, optimize=True)  # 6 bits a colour: half the size
     print(f"{path}: {path.stat().st_size >> 10} kB")
 

@@ -11,29 +11,15 @@ import argparse
 import asyncio
 import base64
 import io
-from pathlib import Path
 from typing import Any
 
-from contact_sheet import SKETCHES
-from PIL import Image, ImageDraw, ImageFont
+from contact_sheet import SKETCHES, Cell, draw_sketch, save
+from PIL import Image, ImageDraw
 
 from lcm_rt.embedded import LORA_DIR
 from lcm_rt.server.app import create_service
 from lcm_rt.settings import Settings
 from lcm_rt.types import GenerateInput, Preview
-
-SIDE, GAP, TEXT = 160, 8, 18
-COLUMNS = 6
-Cell = tuple[str, Image.Image]
-
-
-def sketch() -> Image.Image:
-    _, sky, shapes = SKETCHES[0]
-    picture = Image.new("RGB", (256, 256), sky)
-    draw = ImageDraw.Draw(picture)
-    for kind, where, colour in shapes:
-        getattr(draw, kind)(where, fill=colour)
-    return picture
 
 
 def png(picture: Image.Image) -> bytes:
@@ -69,7 +55,8 @@ async def rows(seed: int) -> list[list[Cell]]:
             for g, away in ((2, "night"), (4, "mountains"))
         ]
 
-        drawn, mountains = sketch(), "mountains at day with a sun"
+        mountains, sky, shapes = SKETCHES[0]
+        drawn = draw_sketch(sky, shapes)
         image = [(f"sketch: {mountains}", drawn)]
         image += [
             await one(f"strength {s}", prompt=mountains, image_bytes=png(drawn), strength=s)
@@ -123,19 +110,8 @@ async def rows(seed: int) -> list[list[Cell]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
-    cells = asyncio.run(rows(parser.parse_args().seed))
-    sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, len(cells) * (SIDE + GAP + TEXT) + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(9)
-    for row, line in enumerate(cells):
-        for column, (caption, picture) in enumerate(line):
-            x, y = GAP + column * (SIDE + GAP), GAP + row * (SIDE + GAP + TEXT)
-            picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-            sheet.paste(picture, (x, y + (SIDE - picture.height) // 2))
-            draw.text((x, y + SIDE + 2), caption, fill="black", font=font)
-    path = Path(__file__).with_name("modes.png")
-    sheet.point(lambda level: level & 0xFC | level >> 6).save(path, optimize=True)  # 6 bits a colour: half the size
-    print(f"{path}: {path.stat().st_size >> 10} kB")
+    lines = asyncio.run(rows(parser.parse_args().seed))
+    save([cell for line in lines for cell in line], "modes.png")
 
 
 if __name__ == "__main__":

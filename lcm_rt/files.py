@@ -41,6 +41,15 @@ def _name_in(url: str) -> str:
     return match[1] if match else ""
 
 
+async def data_of(field: str, url: str) -> bytes:
+    """The bytes of a data URI; others run meanwhile. Raises: ImageError: malformed; names ``field``."""
+    parts = []
+    for part in read_data_uri(field, url):
+        parts.append(part)
+        await asyncio.sleep(0)
+    return b"".join(parts)
+
+
 class Files:
     """A folder of answered pictures under unguessable names.
 
@@ -106,11 +115,7 @@ class Files:
             InputError: some other address.
         """
         if url[:5].lower() == "data:":
-            parts = []
-            for part in read_data_uri(field, url):
-                parts.append(part)
-                await asyncio.sleep(0)
-            return b"".join(parts)
+            return await data_of(field, url)
         if path := await self.path_of(url):
             try:
                 return await asyncio.to_thread(path.read_bytes)

@@ -274,7 +274,7 @@ def _components(tree: _Tree) -> list[str]:
         raise InputError("model", f"{tree.name} is not of the Stable Diffusion 1, 2 or XL families")
     second = ["text_encoder_2", "tokenizer_2"]
     index = tree.root / "model_index.json"
-    entries = _read_json(index) if index.is_file() else {}
+    entries = read_json(index) if index.is_file() else {}
     # A folder that was fetched in part may lack all of them, and an absent component is written as [null, null].
     return ["text_encoder", "tokenizer"] + [
         name for name in second if tree.within(name) or entries.get(name, [None]) not in ([None], [None, None])
@@ -505,13 +505,13 @@ class _Planner:
             with plain_words(tree.repo):
                 download(File(tree.repo, tree.commit, tree.prefix + name, tree.sizes[name], present=False))
             self._add(tree, [name])
-        return _read_json(path)
+        return read_json(path)
 
     def _tensors(self, tree: _Tree) -> Collection[str]:
         """The names of the tensors in the one file of ``tree``, without downloading the rest of it."""
         name = _one_file(tree)[0]
         if (tree.root / name).is_file():
-            return _read_header(tree.root / name)
+            return read_header(tree.root / name).keys()
         with plain_words(tree.repo):
             try:
                 return (
@@ -540,7 +540,8 @@ def _kind_of_checkpoint(name: str, tensors: Collection[str]) -> tuple[Family, bo
     raise InputError("model", f"{name} is not a whole checkpoint of the Stable Diffusion 1 or XL families")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a configuration file. Raises: NotFound: there is none."""
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -550,8 +551,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_header(path: Path) -> Collection[str]:
-    """The names of the tensors in a safetensors file: eight bytes of length, then that much JSON."""
+def read_header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors, by name: eight bytes of length, then that much JSON.
+
+    Raises:
+        NotFound: it cannot be read. InputError: it is no such file.
+    """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -564,4 +569,4 @@ def _read_header(path: Path) -> Collection[str]:
         raise InputError("model", f"{path} is not a safetensors file") from error
     except OSError as error:
         raise NotFound(f"{path} cannot be read: {error.strerror}") from error
-    return header.keys()
+    return header

@@ -19,8 +19,7 @@ from urllib.parse import quote
 
 from lcm_rt.egress import MAX_URL, Egress
 from lcm_rt.errors import DownloadError, ImageError, InputError, Overloaded, Unavailable
-from lcm_rt.files import Files
-from lcm_rt.wire import read_data_uri
+from lcm_rt.files import Files, data_of
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +155,10 @@ class Loras:
         part = self._folder / f"{secrets.token_hex(8)}.part"
         try:
             if key != url:
-                data = await _read_data_uri(field, url)
+                try:
+                    data = await data_of(field, url)
+                except ImageError as error:
+                    raise DownloadError(field, error.message) from None
                 sha256 = await self._in_keeper(lambda: _write(part, data))
             elif path := await self._files.path_of(url):
                 sha256 = await self._in_keeper(lambda: _copy(path, part))
@@ -211,17 +213,6 @@ def _touch(path: Path) -> bool:
         return False
     path.touch()
     return True
-
-
-async def _read_data_uri(field: str, url: str) -> bytes:
-    parts = []
-    try:
-        for part in read_data_uri(field, url):
-            parts.append(part)
-            await asyncio.sleep(0)
-    except ImageError as error:
-        raise DownloadError(field, error.message) from None
-    return b"".join(parts)
 
 
 def _write(part: Path, data: bytes) -> str:

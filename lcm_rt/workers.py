@@ -29,6 +29,8 @@ MAX_DEATHS = 2  # of engine processes in a row while they load the same model
 MAX_PENDING_BYTES = 512 * 2**20  # of pictures in requests that are not realtime
 STOP_S = 5.0
 
+State = Literal["loading", "ready", "unloading", "unloaded", "failed"]
+
 
 @dataclass(slots=True)
 class ModelState:
@@ -39,7 +41,7 @@ class ModelState:
     steps: int  # when nobody gave a number
     safety: bool | None = None  # has a safety checker; not known before it is loaded
     controlnet: bool | None = None  # has an inpainting ControlNet
-    state: Literal["loading", "ready", "unloading", "unloaded", "failed"] = "loading"
+    state: State = "loading"
     stage: str = "start"
     progress: float = 0.0
     load_seconds: float | None = None
@@ -47,7 +49,7 @@ class ModelState:
     deaths: int = 0  # of engine processes while they loaded it
     then: Literal["load", "unload"] | None = None  # what was asked for while it could not be done
 
-    def become(self, state: Literal["loading", "ready", "unloading", "unloaded", "failed"]) -> None:
+    def become(self, state: State) -> None:
         self.state, self.stage, self.failure = state, "start" if state == "loading" else state, None
         self.progress = 1.0 if state == "ready" else 0.0
 

@@ -318,6 +318,21 @@ def test_stacks_are_built_once_for_a_combination(models, lora, monkeypatch):
     assert built == [["a", "b"], ["b", "c"], ["a", "b"]]  # with no room, only the newest is kept
 
 
+def test_stacks_go_with_their_adapters(models, lora, monkeypatch):
+    stacks = module._Stacks(2**30)
+    monkeypatch.setattr(module, "_STACKS", stacks)
+    a, b, c = (lora(id=name, seed=seed) for seed, name in enumerate("abc"))
+    network = models["sd"]["unet"]
+    for batch in ([a, b], [b, c]):
+        with applied(network, "unet", batch, torch.ones(2)):
+            run(network, "unet", 2)
+    both, batch = stacks._bytes, None
+    del a
+    assert 0 < stacks._bytes < both
+    del b
+    assert stacks._bytes == 0
+
+
 def test_another_models_adapter_of_the_same_id_is_another_one(folders, models, lora, tmp_path):
     networks = copy.deepcopy(models["sd"])
     pairs = [[lora(id=name, seed=seed) for name in "ab"] for seed in (1, 2)]

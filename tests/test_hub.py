@@ -27,6 +27,7 @@ from singlefiles import write_single_file
 
 from lcm_rt import catalog, hub, transfer
 from lcm_rt.catalog import Choice, ModelSpec, resolve
+from lcm_rt.engine.engine import Engine
 from lcm_rt.errors import InputError, LcmError, NotFound, Unavailable
 
 ALONE = Choice(safety=False, controlnet=False)
@@ -200,6 +201,17 @@ def test_two_at_a_time_fetch_each_byte_once(fake: FakeHub, shelf: Path) -> None:
         thread.join(30)
     assert len(got) == 2 and got[0] == got[1]
     assert fake.bytes_served("me/lcm", UNET) == (shelf / "lcm" / UNET).stat().st_size
+
+
+def test_the_engine_tells_how_much_of_the_whole_download_is_done(fake: FakeHub) -> None:
+    told: list[float] = []
+    engine = Engine(device="cpu", choice=ALONE)
+    engine.locate(
+        resolve("mine=me/lcm"), lambda stage, progress: told.append(progress) if stage == "download" else None
+    )
+    assert len(told) > 5
+    assert told == sorted(told)
+    assert told[-1] == 1
 
 
 def test_a_token_stays_with_the_hub(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

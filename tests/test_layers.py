@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1] / "lcm_rt"
 FLOORS = [
     "__init__ embedded errors types catalog settings metrics channel",
     "wire session images transfer hub",
-    "engine engine.sampling engine.trajectory engine.adapters engine.safety engine.singlefile engine.models"
-    " engine.conditioning engine.runner engine.engine",
+    "engine engine.sampling engine.trajectory engine.folders engine.adapters engine.safety engine.singlefile"
+    " engine.models engine.conditioning engine.runner engine.engine",
     "scheduler worker workers",
     "egress files loras service",
     "server server.realtime server.http server.app server.serve",

@@ -253,7 +253,7 @@ def test_controlnet_inpainting_with_a_distilled_unet(engine, pipeline, name):
 @pytest.mark.parametrize("format", ["kohya", "peft"])
 @pytest.mark.parametrize("name", ["lcm", "plain", "xl-lcm", "xl-plain"])
 def test_loras(engine, specs, pipeline, tmp_path, name, format, scale):
-    file = tmp_path / "style.safetensors"
+    file = tmp_path / f"{format}.safetensors"  # an engine that has read a file of this name reads no other
     write_lora(file, Path(specs[name].source), format=format, seed=3)
     reference = pipeline(LatentConsistencyModelPipeline if name == "lcm" else StableDiffusionPipeline, name)
     reference.load_lora_weights(str(file), adapter_name="style")

@@ -431,14 +431,14 @@ class _Stacks:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an adapter may go while the lock is held
         self._kept: OrderedDict[tuple[Any, ...], Patches] = OrderedDict()
 
     def get(self, part: str, adapters: tuple[Adapter, ...]) -> Patches:
         if len(adapters) < 2:
             return adapters[0].parts[part] if adapters else {}
         # Not by their ids, which another model's adapters may have too, and not by strong references to them.
-        key = (part, *map(weakref.ref, adapters))
+        key = (part, *(weakref.ref(adapter, self._forget) for adapter in adapters))
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -448,6 +448,12 @@ class _Stacks:
             while self._bytes > self._max_bytes and len(self._kept) > 1:
                 self._bytes -= _size(self._kept.popitem(last=False)[1])
             return stack
+
+    def _forget(self, gone: weakref.ref[Adapter]) -> None:
+        """Drop the stacks of an adapter that nobody has any more: they would fill the device after its model."""
+        with self._lock:
+            for key in [key for key in self._kept if any(each is gone for each in key)]:
+                self._bytes -= _size(self._kept.pop(key))
 
 
 _STACKS = _Stacks(STACKED_BYTES)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,27 +44,18 @@ class Prompts:
 
     def _read(self, text: str, adapter: Adapter | None, scale: float) -> Prompt:
         model, read = self._model, []
+        scales = torch.tensor([scale], dtype=torch.float32, device=model.device)
         for number, (tokenizer, encoder) in enumerate(model.readers):
             ids = tokenizer(
                 text, padding="max_length", max_length=model.max_tokens, truncation=True, return_tensors="pt"
             ).input_ids.to(model.device)
-            with _with(adapter, scale, encoder, "text_encoder_2" if number else "text_encoder"):
+            with applied(encoder, "text_encoder_2" if number else "text_encoder", [adapter], scales):
                 read.append(encoder(ids, output_hidden_states=model.pooled_width is not None))
         if model.pooled_width is None:
             return Prompt(read[0][0][0].to(model.dtype))
         # XL reads the last layer but one of both encoders, and the second one's idea of the whole.
         context = torch.cat([output.hidden_states[-2][0] for output in read], dim=-1)
         return Prompt(context.to(model.dtype), read[-1][0][0].to(model.dtype))
-
-
-@contextmanager
-def _with(adapter: Adapter | None, scale: float, network: torch.nn.Module, part: str) -> Iterator[None]:
-    if adapter is None:
-        yield
-        return
-    scales = torch.tensor([scale], dtype=torch.float32, device=next(network.parameters()).device)
-    with applied(network, part, [adapter], scales):
-        yield
 
 
 @dataclass(frozen=True, slots=True)

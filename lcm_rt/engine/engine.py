@@ -35,12 +35,14 @@ from lcm_rt.engine.models import Model, load_model, weigh
 from lcm_rt.engine.runner import Batch, Runner
 from lcm_rt.engine.trajectory import Bucket, Known, Prompt, Trajectory
 from lcm_rt.errors import GenerationFailed, InputError, LcmError, ModelLoading, OutOfMemory
-from lcm_rt.hub import Parts, locate
+from lcm_rt.hub import Parts, fetch, plan
 from lcm_rt.images import Canvas
 from lcm_rt.transfer import File
 from lcm_rt.types import GenerateRequest
 
 logger = logging.getLogger(__name__)
+
+ADAPTER_BYTES = 2**30  # of the LoRAs that are kept for the next request
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,6 @@ class Engine:
         threads: of the CPU's arithmetic; None leaves it to torch.
         choice: which companions of the models are wanted.
         memory_bytes: how much the weights of all models may take; None is most of what the device has.
-        adapter_bytes: how much the LoRAs in memory may take.
     """
 
     def __init__(
@@ -88,7 +89,6 @@ class Engine:
         threads: int | None = None,
         choice: Choice = Choice(),  # noqa: B008  it is frozen
         memory_bytes: int | None = None,
-        adapter_bytes: int = 2**30,
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,7 +99,7 @@ class Engine:
         self._choice = choice
         self._served: dict[str, _Served] = {}
         self._used: dict[str, None] = {}  # names of the served, longest unused first
-        self._adapters = Adapters(adapter_bytes)
+        self._adapters = Adapters(ADAPTER_BYTES)
         self._memory_bytes = int(0.7 * _memory_of(self._device)) if memory_bytes is None else memory_bytes
         self.device_name = _name(self._device)
         if threads is not None:
@@ -127,15 +127,15 @@ class Engine:
             LcmError: they are nowhere, or are of a kind that is not served.
         """
         report("files", 0.0)
-        done: dict[str, int] = {}
-        sizes: dict[str, int] = {}
+        wanted = plan(spec, self._choice)
+        total = max(1, sum(file.size for file in wanted.missing))
+        done: dict[File, int] = {}
 
         def count(file: File, received: int) -> None:
-            name = f"{file.repo}/{file.name}"
-            done[name], sizes[name] = received, file.size
-            report("download", sum(done.values()) / max(1, sum(sizes.values())))
+            done[file] = received
+            report("download", sum(done.values()) / total)
 
-        parts = locate(spec, self._choice, count)
+        parts = fetch(wanted, count)
         return parts, weigh(parts, self._dtype)
 
     @torch.inference_mode()

@@ -8,7 +8,6 @@ code.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from torch import nn
 from lcm_rt.catalog import ModelSpec
 from lcm_rt.engine import singlefile
 from lcm_rt.engine.adapters import fuse, read_adapter
+from lcm_rt.engine.folders import variant_of
 from lcm_rt.engine.safety import SafetyChecker
 from lcm_rt.engine.sampling import Schedule
 from lcm_rt.errors import InputError, NotFound
-from lcm_rt.hub import Parts
+from lcm_rt.hub import Parts, read_header, read_json
 from lcm_rt.types import MAX_SIDE
 
 CONTROL_SCALE = {"sd": 0.5, "sdxl": 1.0}
@@ -97,7 +97,7 @@ def _load(spec: ModelSpec, parts: Parts, device: torch.device, dtype: torch.dtyp
     transformers.utils.logging.disable_progress_bar()
 
     folder = parts.config or parts.base
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     classes = {name: entry[1] for name, entry in index.items() if isinstance(entry, list)}
     family = "sdxl" if classes.get("text_encoder_2") else "sd"
     if classes.get("unet") != "UNet2DConditionModel" or classes.get("text_encoder") != "CLIPTextModel":
@@ -115,7 +115,7 @@ def _load(spec: ModelSpec, parts: Parts, device: torch.device, dtype: torch.dtyp
         return _load_folder(kind, elsewhere or parts.base / part, precision)
 
     schedule = Schedule.from_config(
-        _read_json(folder / "scheduler" / "scheduler_config.json"), turbo=parts.distillation == "turbo"
+        read_json(folder / "scheduler" / "scheduler_config.json"), turbo=parts.distillation == "turbo"
     )
     unet = load(diffusers.UNet2DConditionModel, "unet", parts.unet)
     vae = load(getattr(diffusers, vae_class), "vae", parts.tiny_vae)
@@ -193,29 +193,12 @@ def _weights(parts: Parts) -> Iterator[Path]:
 
 def _elements(file: Path) -> int:
     """Numbers in a safetensors file."""
-    with file.open("rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    tensors = (entry for name, entry in read_header(file).items() if name != "__metadata__")
     return sum(torch.Size(entry["shape"]).numel() for entry in tensors)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise NotFound(f"{path} is missing or is not JSON") from error
-    if not isinstance(data, dict):
-        raise NotFound(f"{path} is not a JSON object")
-    return data
-
-
 def _load_folder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        # A pickle runs code of its author when it is opened.
-        raise NotFound(f"{folder} holds no .safetensors weights; pickled weights (.bin, .ckpt) are never opened")
-    variant = None if any(".fp16." not in file.name for file in found) else "fp16"
-    return _from_pretrained(kind, folder, use_safetensors=True, variant=variant, dtype=dtype)
+    return _from_pretrained(kind, folder, use_safetensors=True, variant=variant_of(folder), dtype=dtype)
 
 
 def _load_tokenizer(kind: Any, folder: Path) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lcm_rt.engine.folders import variant_of
 from lcm_rt.errors import NotFound
 
 # Of CLIP's pictures, scaled to 0..1.
@@ -86,11 +87,7 @@ def _load(folder: Path) -> Any:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     transformers.utils.logging.disable_progress_bar()
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        # A pickle runs code of its author when it is opened.
-        raise NotFound(f"{folder} holds no .safetensors weights; pickled weights (.bin, .ckpt) are never opened")
-    variant = None if any(".fp16." not in file.name for file in found) else "fp16"
+    variant = variant_of(folder)
     try:
         checker, report = StableDiffusionSafetyChecker.from_pretrained(
             folder,
