@@ -54,9 +54,10 @@ class Channel:
     def receive(self) -> Iterator[Message]:
         """Messages until the front is gone."""
         unpacker = _unpacker()
-        while data := self._end.recv(_READ_BYTES):
-            unpacker.feed(data)
-            yield from unpacker
+        with contextlib.suppress(ConnectionError):  # it was killed before it read all that we sent
+            while data := self._end.recv(_READ_BYTES):
+                unpacker.feed(data)
+                yield from unpacker
 
 
 class AsyncChannel:

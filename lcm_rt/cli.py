@@ -1,11 +1,13 @@
-"""The command line: ``serve``, ``generate``, ``pull``, ``models``. Imports what a command needs only when it runs."""
+"""The command line: ``serve``, ``generate``, ``pull``, ``models``, ``keys``. A command imports what it needs."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 
@@ -13,8 +15,12 @@ import lcm_rt
 
 if TYPE_CHECKING:
     from lcm_rt import hub, transfer
+    from lcm_rt.auth import Auth
     from lcm_rt.catalog import ModelSpec
+    from lcm_rt.store import Store
     from lcm_rt.types import GenerateInput, GenerateOutput
+
+T = TypeVar("T")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,8 +84,15 @@ def serve(
     memory_mb: Annotated[
         int | None, typer.Option(help="What all models may take; the ones longest unused make room.")
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate (PEM), to speak https; see lcm-rt certificate.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM), where that is another file.")] = None,
+    keys: Annotated[
+        bool | None, typer.Option("--keys", help="Ask for API keys on this machine's own address too.")
+    ] = None,
     insecure: Annotated[
-        bool | None, typer.Option("--insecure", help="Listen beyond this machine, though there are no keys yet.")
+        bool | None, typer.Option("--insecure", help="Ask nobody for a key, though other machines reach the address.")
     ] = None,
 ) -> None:
     """Serve models to browsers and clients. Every setting is also a variable: LCM_RT_PORT, LCM_RT_MAX_ROWS, ..."""
@@ -94,10 +107,11 @@ def serve(
         safety=safety,
         controlnet=controlnet,
         memory_mb=memory_mb,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        keys=keys,
         insecure=insecure,
     )
-    if not settings.is_loopback and not settings.insecure:
-        fail(f"{settings.host} is reachable by others and there are no API keys yet; add --insecure if you mean it")
     from lcm_rt.errors import LcmError
     from lcm_rt.server.serve import serve as run
 
@@ -182,9 +196,9 @@ def _as_url(lora: str) -> str:
 
 
 async def _generate(wanted: GenerateInput, settings: Any) -> GenerateOutput:
-    from lcm_rt.server.app import create_service
+    from lcm_rt.server.app import create_service, create_store
 
-    service = create_service(settings)
+    service = create_service(settings, create_store(settings))
     engine = asyncio.create_task(service.workers.run())
     try:
         await service.workers.wait_ready()
@@ -296,6 +310,164 @@ def _ask_states(url: str) -> dict[str, str] | None:
         return {str(model["name"]): str(model["state"]) for model in told}
     except (OSError, ValueError, LookupError, TypeError):
         return None
+
+
+@app.command()
+def certificate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write ca.pem, cert.pem and key.pem.")],
+    host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Another host name or address. May be repeated.")
+    ] = None,
+) -> None:
+    """Make a certificate for this machine and the platform's host names, so that its clients need no change."""
+    from lcm_rt import certificates
+    from lcm_rt.errors import LcmError
+
+    try:
+        made = certificates.write(folder, host or [])
+    except (LcmError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"serve    lcm-rt serve --tls-cert {made.cert} --tls-key {made.key}")
+    typer.echo(f"Python   SSL_CERT_FILE={made.ca}")
+    typer.echo(f"Node     NODE_EXTRA_CA_CERTS={made.ca}")
+    typer.echo(f"curl     --cacert {made.ca}")
+    typer.echo("Nothing else can be signed with this authority: its own key was not kept.")
+
+
+keys = typer.Typer(
+    no_args_is_help=True, help="Make, list and end the API keys that clients show: Authorization: Key ID:SECRET."
+)
+app.add_typer(keys, name="keys")
+
+DataDir = Annotated[Path | None, typer.Option(help="That of the server: where its database is.")]
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+@keys.command("create")
+def create_key(
+    owner: Annotated[str, typer.Argument(help="To whom its jobs and files belong; may have several keys.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="generate, or admin: load models, see metrics. May be repeated.  [default: generate]"),
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option(metavar="TIME", help="After how long, such as 12h, 30d or 8w.  [default: never]")
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make a key and print it, this once: only its hash is kept."""
+    lifetime_s = None if expires is None else _duration(expires)
+    made = _with_auth(data_dir, lambda auth: auth.create_key(owner, scope or ["generate"], lifetime_s=lifetime_s))
+    typer.echo(made)
+    typer.echo("Keep it now, it is not shown again. Clients read it from FAL_KEY.", err=True)
+
+
+@keys.command("list")
+def list_keys(data_dir: DataDir = None) -> None:
+    """List the keys, without their secrets."""
+    import time
+
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    now = time.time()
+    table = Table(Column("id", min_width=16), "owner", "scopes", "created", "expires", "state", pad_edge=False)
+    for key in _with_auth(data_dir, lambda auth: auth.list_keys()):
+        expired = key.expires_at is not None and key.expires_at <= now
+        state = "revoked" if key.revoked_at is not None else "expired" if expired else "valid"
+        expires = "never" if key.expires_at is None else _date(key.expires_at)
+        table.add_row(key.id, key.owner, " ".join(sorted(key.scopes)), _date(key.created_at), expires, state)
+    Console().print(table)
+
+
+@keys.command("revoke")
+def revoke_key(
+    id: Annotated[str, typer.Argument(metavar="ID", help="The part of a key before its colon.")],
+    data_dir: DataDir = None,
+) -> None:
+    """End a key at once, and the tokens that were made with it."""
+    id = id.partition(":")[0]  # whoever gives all of a key means that one; its secret is no business of a terminal
+    if not _with_auth(data_dir, lambda auth: auth.revoke_key(id)):
+        fail(f"there is no key {id}")
+    typer.echo(f"{id} is revoked")
+
+
+def _with_auth(data_dir: Path | None, work: Callable[[Auth], Awaitable[T]]) -> T:
+    from lcm_rt.auth import Auth
+
+    return _with_store(data_dir, lambda store: work(Auth(store, is_open=False)))
+
+
+def _with_store(data_dir: Path | None, work: Callable[[Store], Awaitable[T]]) -> T:
+    """What ``work`` gives, with the store of the server that has the same settings; it may be running."""
+    from lcm_rt.errors import LcmError
+    from lcm_rt.server.app import create_store
+
+    settings = _settings(data_dir=data_dir)
+
+    async def working() -> T:
+        async with create_store(settings) as store:
+            return await work(store)
+
+    try:
+        return asyncio.run(working())
+    except LcmError as error:
+        fail(str(error))
+
+
+def _duration(text: str) -> float:
+    match = re.fullmatch(r"([1-9][0-9]{0,5})([smhdw])", text, re.ASCII)
+    if not match:
+        fail(f"--expires: {text!r} is no time such as 12h, 30d or 8w")
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if seconds > 100 * 365 * _SECONDS["d"]:
+        fail(f"--expires: {text} is more than a hundred years")
+    return seconds
+
+
+def _date(at: float) -> str:
+    from datetime import datetime
+
+    return f"{datetime.fromtimestamp(at):%Y-%m-%d}"
+
+
+webhooks = typer.Typer(no_args_is_help=True, help="By what receivers of webhooks know that an event is from here.")
+app.add_typer(webhooks, name="webhooks")
+
+
+@webhooks.command("secret")
+def webhook_secret(
+    owner: Annotated[str, typer.Argument(help="Whose jobs have the webhooks; local, where no keys are asked for.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Print an owner's secret, for the verifiers of Standard Webhooks."""
+    from lcm_rt.webhooks import Signer
+
+    async def read(store: Store) -> str:
+        signer = Signer(store)
+        await signer.load()
+        return signer.secret_of(owner)
+
+    typer.echo(_with_store(data_dir, read))
+
+
+@webhooks.command("rotate")
+def rotate_webhooks(
+    secrets: Annotated[bool, typer.Option("--secrets", help="The owners' secrets, not the signing key.")] = False,
+    leaked: Annotated[bool, typer.Option("--leaked", help="Someone has them: end all earlier ones at once.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Make a new signing key, or new secrets. Servers that run heed it within a minute or two."""
+    from lcm_rt.webhooks import LEAD_S, RETIRED_S, Signer
+
+    _with_store(data_dir, lambda store: Signer(store).rotate("webhook" if secrets else "signing", at_once=leaked))
+    if leaked:
+        typer.echo("The earlier ones are forgotten; receivers refuse events until they have the new ones.")
+    elif secrets:
+        typer.echo(f"Every owner has a new secret; the earlier ones are good for another {RETIRED_S / 3600:.0f} h.")
+    else:
+        typer.echo(f"The new key is published, and signs in {LEAD_S / 3600:.0f} h: receivers may keep the list a day.")
 
 
 @app.command()

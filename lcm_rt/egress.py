@@ -1,4 +1,4 @@
-"""Fetch what a client's URL means, from public hosts only: the one way out of this server; knows no picture.
+"""Fetch what a client's URL means, or post to it, on public hosts only: the one way out of this server.
 
 A URL is admitted by a strict grammar, its name is resolved once per connection, every answer is judged, and the
 connection goes to an address that was judged: neither a second DNS answer nor a redirect leads to another place. A
@@ -14,9 +14,9 @@ import logging
 import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,7 +47,7 @@ _MAX_ADDRESSES = 4  # tried one after the other, of those that a name has
 _CONNECT_S = 3.0
 _SILENCE_S = 10.0
 _BLOCK = 2**20  # bytes that a download writes in one go
-_RESOLVERS = 8  # threads of their own: a slow name server must not hold up those who wait for a disk
+_RESOLVERS = 32  # threads of their own: a slow name server must not hold up those who wait for a disk
 
 # What is_global calls public, though it is not, or leads on to what is not.
 _NOT_PUBLIC_V4 = [ipaddress.IPv4Network(net) for net in ("192.0.0.0/24", "192.88.99.0/24")]
@@ -65,8 +65,17 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not any(ip in net for net in _NOT_PUBLIC_V4)
 
 
+def _host_is_public(host: str) -> bool:
+    """Whether ``host`` may be public, as far as that can be told without asking a name server."""
+    if ":" in host:
+        return is_public(host)
+    with suppress(OSError):
+        return is_public(socket.inet_ntoa(socket.inet_aton(host)))  # octal and all: as the machine would read it
+    return "." in host.rstrip(".")
+
+
 class Egress:
-    """The client for all outgoing fetches. It keeps no connection, no cookie and no cache, and heeds no proxy variable.
+    """The client for all that goes out. It keeps no connection, no cookie and no cache, and heeds no proxy variable.
 
     Building one reads the machine's certificates, which blocks for some 40 ms.
 
@@ -110,6 +119,49 @@ class Egress:
 
         await self._get(field, self._admit(field, url), take, limit_bytes, timeout_s)
         return b"".join(parts)
+
+    def check(self, field: str, url: str) -> None:
+        """Look at ``url`` without asking anybody: its grammar, its port, and its host where that is an address.
+
+        Raises: DownloadError.
+        """
+        target = self._admit(field, url)
+        try:
+            is_public_host = self.fetch_private or _host_is_public(target.raw_host.decode("ascii"))
+        except ValueError:
+            is_public_host = False
+        if not is_public_host:
+            raise DownloadError(field, REFUSED)
+
+    async def post(
+        self, field: str, url: str, body: bytes, headers: dict[str, str], *, limit_bytes: int, timeout_s: float
+    ) -> tuple[int, dict[str, str]]:
+        """Send ``body`` to ``url``, which may be http, once; a redirect is not followed.
+
+        Args:
+            field: what errors name. headers: ASCII; beside them go only those that HTTP needs, and who we are.
+            limit_bytes: of the answer's body; the connection is cut there.
+            timeout_s: for everything together: names, connections, both bodies.
+
+        Returns: the answer's status and headers, those with lower-case names.
+
+        Raises: DownloadError: no whole answer came in time, or the host must not be reached.
+        """
+        target = self._admit(field, url)
+        sent = [*_own_headers(target), *((name.encode(), value.encode()) for name, value in headers.items())]
+        async with self._deadline(field, timeout_s):
+            stream = self._pool.stream(
+                "POST", _wire_url(target), headers=sent, content=body, extensions={"timeout": {"connect": _CONNECT_S}}
+            )
+            async with stream as response, aclosing(response.aiter_stream()) as parts:
+                total = 0
+                async for part in parts:
+                    total += len(part)
+                    if total > limit_bytes:
+                        break
+                return response.status, {
+                    name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers
+                }
 
     async def download(self, field: str, url: str, path: Path, *, limit_bytes: int, timeout_s: float) -> str:
         """Write the bytes at ``url``, which must be https, to the new file ``path``; otherwise like ``fetch``.
@@ -166,14 +218,20 @@ class Egress:
         self, field: str, url: httpx2.URL, take: Callable[[bytes], Awaitable[None]], limit_bytes: int, timeout_s: float
     ) -> None:
         """Hand the bytes at ``url`` to ``take``, part by part. Raises: DownloadError."""
+        async with self._deadline(field, timeout_s):
+            for _ in range(_MAX_REDIRECTS + 1):
+                location = await self._hop(url, take, limit_bytes)
+                if location is None:
+                    return
+                url = self._redirect(url, location)
+            raise _Failed(f"was redirected more than {_MAX_REDIRECTS} times")
+
+    @asynccontextmanager
+    async def _deadline(self, field: str, timeout_s: float) -> AsyncIterator[None]:
+        """Whatever goes wrong inside, and that it takes too long, as DownloadError."""
         try:
             async with asyncio.timeout(timeout_s):
-                for _ in range(_MAX_REDIRECTS + 1):
-                    location = await self._hop(url, take, limit_bytes)
-                    if location is None:
-                        return
-                    url = self._redirect(url, location)
-                raise _Failed(f"was redirected more than {_MAX_REDIRECTS} times")
+                yield
         except _Refused:
             raise DownloadError(field, REFUSED) from None
         except _Failed as error:
@@ -185,15 +243,8 @@ class Egress:
 
     async def _hop(self, url: httpx2.URL, take: Callable[[bytes], Awaitable[None]], limit_bytes: int) -> bytes | None:
         """One request; returns where its answer redirects to, or None once the body was taken."""
-        target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-        headers = [
-            (b"Host", url.netloc),
-            (b"Accept", b"*/*"),
-            (b"Accept-Encoding", b"identity"),
-            (b"User-Agent", f"lcm-rt/{lcm_rt.__version__}".encode()),
-        ]
         silence = {"timeout": {"read": _SILENCE_S, "write": _SILENCE_S, "connect": _CONNECT_S}}
-        async with self._pool.stream("GET", target, headers=headers, extensions=silence) as response:
+        async with self._pool.stream("GET", _wire_url(url), headers=_own_headers(url), extensions=silence) as response:
             answered = {name.lower(): value for name, value in response.headers}
             if response.status in _REDIRECTS and b"location" in answered:
                 return answered[b"location"]
@@ -211,6 +262,19 @@ class Egress:
             if total > limit_bytes:
                 raise _Failed(f"is larger than {limit_bytes:,} bytes")
             return None
+
+
+def _wire_url(url: httpx2.URL) -> httpcore2.URL:
+    return httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+
+
+def _own_headers(url: httpx2.URL) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"Host", url.netloc),
+        (b"Accept", b"*/*"),
+        (b"Accept-Encoding", b"identity"),
+        (b"User-Agent", f"lcm-rt/{lcm_rt.__version__}".encode()),
+    ]
 
 
 class _Refused(Exception):
@@ -254,17 +318,28 @@ class _Guard(httpcore2.AsyncNetworkBackend):
 
 
 class _Resolver:
-    """Names to addresses as the machine does it."""
+    """Names to addresses as the machine does it. A thread that waits for a dead name server cannot be stopped, so who
+    asks for a name that is being looked up waits for that answer: however many ask, it holds one thread.
+    """
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_RESOLVERS, "resolver")
+        self._asked: dict[str, asyncio.Future[list[Any]]] = {}
 
     async def __call__(self, host: str) -> list[str]:
-        loop = asyncio.get_running_loop()
-        answers: list[Any] = await loop.run_in_executor(
-            self._threads, lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        )
-        return [str(answer[4][0]) for answer in answers]
+        asked = self._asked.get(host)
+        if asked is None:
+            asked = asyncio.get_running_loop().run_in_executor(
+                self._threads, lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            )
+            self._asked[host] = asked
+            asked.add_done_callback(lambda done: self._forget(host, done))
+        return [str(answer[4][0]) for answer in await asyncio.shield(asked)]
+
+    def _forget(self, host: str, done: asyncio.Future[list[Any]]) -> None:
+        del self._asked[host]
+        if not done.cancelled():
+            done.exception()  # which nobody may be waiting for any more
 
 
 class _Download:

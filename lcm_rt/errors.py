@@ -4,9 +4,14 @@
     ├── InputError          the client's words are wrong (422)
     │   ├── ImageError      ... and it is a picture that cannot be used
     │   └── DownloadError   ... and it is a URL whose bytes cannot be had
+    ├── BadRequest          not now, or not in this way (400)
+    ├── Unauthorized        no key, or one that does not open this (401)
+    ├── Forbidden           a key that is known, and may not do this (403)
     ├── NotFound            no such app, model, job or file (404)
-    ├── RequestTimeout      the client took too long to say what it wants (408)
+    ├── BodyTimeout         the client took too long to say what it wants (408)
+    ├── TooLarge            more bytes than are taken (413)
     ├── Overloaded          more work than the server takes on (429)
+    ├── RequestTimeout      it could not begin in the time that the client gave it (504)
     ├── Unavailable         no engine can answer now (503)
     │   ├── ModelLoading    ... because the model is still on its way in
     │   └── EngineLost      ... because the engine process died under the request
@@ -81,14 +86,39 @@ class DownloadError(InputError):
         super().__init__(field, message, kind=self.code)
 
 
+class BadRequest(LcmError):
+    code = "bad_request"
+    status = 400
+
+
+class Unauthorized(LcmError):
+    code = "unauthorized"
+    status = 401
+
+
+class Forbidden(LcmError):
+    code = "forbidden"
+    status = 403
+
+
 class NotFound(LcmError):
     code = "not_found"
     status = 404
 
 
+class BodyTimeout(LcmError):
+    code = "body_timeout"
+    status = 408
+
+
+class TooLarge(LcmError):
+    code = "file_too_large"
+    status = 413
+
+
 class RequestTimeout(LcmError):
     code = "request_timeout"
-    status = 408
+    status = 504
 
 
 class Overloaded(LcmError):

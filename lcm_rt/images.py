@@ -3,7 +3,7 @@
 What becomes of an input picture, in this order: its EXIF orientation is applied, transparency is laid on white, it is
 scaled to cover the size asked for (or, without one, scaled down until no side exceeds ``MAX_SIDE`` or what the server
 allows), and its middle is cut out: at the size asked for, or at the largest multiples of 8. A mask belongs to the
-picture's own pixels and takes the same road.
+picture's own pixels and takes the same road; its white is painted, or with ``mask_alpha`` what is transparent in it.
 
 With ``inpaint_mask_only`` the mask's surroundings are then enlarged to the whole canvas, and an ``Overlay`` brings what
 is painted there back into the picture. Region, enlargement and way back are those of the diffusers pipelines with
@@ -89,8 +89,7 @@ def read_canvas(request: GenerateRequest, default_side: int) -> Canvas:
     image = _on(_open("image", request.image), "white").convert("RGB")
     mask = None
     if request.mask is not None:
-        # Drawn on a transparent layer, as browsers do, only the strokes are to be filled: so black, not white.
-        mask = _on(_open("mask", request.mask), "black").convert("L")
+        mask = _mask(_open("mask", request.mask), by_alpha=request.mask_alpha)
         if mask.size != image.size:
             raise ImageError("mask", f"is {_times(mask.size)} pixels, but the image is {_times(image.size)}")
     scaled, size = _plan(image.size, request.size, min(MAX_SIDE, request.max_side))
@@ -143,6 +142,16 @@ def _on(picture: Image.Image, ground: str) -> Image.Image:
         return picture
     layer = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer)
+
+
+def _mask(picture: Image.Image, *, by_alpha: bool) -> Image.Image:
+    """A mask file as levels of grey: 255 is painted anew."""
+    if not by_alpha:
+        # Drawn on a transparent layer, as browsers do, only the strokes are to be filled: so black, not white.
+        return _on(picture, "black").convert("L")
+    if not picture.has_transparency_data:
+        raise ImageError("mask", "has no transparency, and what is transparent in it would be painted")
+    return ImageOps.invert(picture.convert("RGBA").getchannel("A"))
 
 
 def _plan(size: tuple[int, int], wanted: tuple[int, int] | None, limit: int) -> tuple[tuple[int, int], tuple[int, int]]:

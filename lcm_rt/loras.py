@@ -8,18 +8,19 @@ import json
 import logging
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from lcm_rt.auth import LOCAL
 from lcm_rt.egress import MAX_URL, Egress
-from lcm_rt.errors import DownloadError, ImageError, InputError, Overloaded, Unavailable
-from lcm_rt.files import Files, data_of
+from lcm_rt.errors import DownloadError, ImageError, InputError, NotFound, Overloaded, Unavailable
+from lcm_rt.files import File, Files, data_of, name_in
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ _MAX_HEADER = 4 * 2**20
 _MAX_MARKS = 200_000  # each may become an object of a hundred bytes; training notes have some thousands
 _DTYPES = ("F32", "F16", "BF16")
 _NOT_ONE = "is not a safetensors file"
+_GONE = "there is no such file here, or it has expired"
 
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _PART = re.compile(r"[0-9a-f]{16}\.part")
@@ -78,8 +80,8 @@ class Loras:
                 path.unlink()
         self._make_room(0)
 
-    async def find(self, field: str, url: str) -> Path:
-        """The local file of the LoRA that ``url`` means; safe to be opened within ``GRACE_S`` seconds.
+    async def find(self, field: str, url: str, *, owner: str = LOCAL) -> Path:
+        """The local file of the LoRA that a URL of ``owner`` means; safe to be opened within ``GRACE_S`` seconds.
 
         Its name is the SHA-256 of its bytes in hex, with ``.safetensors``. ``url`` is an ``https:`` or ``data:`` URL, a
         file of this server, or ``hf:OWNER/NAME/PATH.safetensors``, with ``@REVISION`` if wanted, of a public
@@ -92,27 +94,29 @@ class Loras:
             Overloaded: many are on their way in already, or the folder is full of those in use.
             Unavailable: it cannot be stored.
         """
-        url, key = await self._resolve(field, url)
+        url, key = await self._resolve(field, url, owner)
         known = self._known.get(key)
         if known is not None and await self._in_keeper(lambda: _touch(known.path)):
             now = time.monotonic()
-            stale = now - known.fetched_at >= TTL_S and key == url
+            stale = now - known.fetched_at >= TTL_S and not _is_data(url)
             if not stale or now - known.used_at < TTL_S:
                 known.used_at = now
                 self._known[key] = self._known.pop(key, known)
                 if stale and (key in self._flights or len(self._flights) < _MAX_FETCHES):
-                    self._fly(field, url, key)
+                    self._fly(field, url, key, owner)
                 return known.path
         if key not in self._flights and len(self._flights) >= _MAX_FETCHES:
             raise Overloaded("many LoRAs are being fetched now; try again soon")
         try:
-            return await asyncio.shield(self._fly(field, url, key))
+            return await asyncio.shield(self._fly(field, url, key, owner))
         except DownloadError as error:  # it may name the field of someone else, who asked first
             raise DownloadError(field, error.message) from None
 
-    async def _resolve(self, field: str, url: str) -> tuple[str, str]:
+    async def _resolve(self, field: str, url: str, owner: str) -> tuple[str, str]:
         """``url`` in the form that is fetched, and what it is known by. Raises: InputError."""
-        if url[:5].lower() == "data:":
+        if name_in(url):  # what one owner may have, another may not
+            return url, f"{owner} {url}"
+        if _is_data(url):
             return url, "data:" + (await asyncio.to_thread(hashlib.sha256, url.encode())).hexdigest()
         if url.startswith("hf:"):
             match = _HUB_URL.fullmatch(url) if len(url) <= MAX_URL else None
@@ -122,16 +126,16 @@ class Loras:
                 raise InputError(field, "must be like hf:OWNER/NAME/FILE.safetensors or ...@REVISION", "url_parsing")
             repository, path, revision = match.groups("main")
             url = f"{self._hub}/{repository}/resolve/{quote(revision, safe='')}/{quote(path)}"
-        elif not url[:8].lower().startswith(("https:", "http:", "/files/")):
+        elif not url[:6].lower().startswith(("https:", "http:")):
             raise InputError(
                 field, "must be an https:, hf: or data: URL, or one of this server's /files/", "url_scheme"
             )
         return url, url
 
-    def _fly(self, field: str, url: str, key: str) -> asyncio.Task[Path]:
+    def _fly(self, field: str, url: str, key: str, owner: str) -> asyncio.Task[Path]:
         """The task that fetches ``url``, one for all who ask; it lives on when they leave."""
         if key not in self._flights:
-            flight = self._flights[key] = asyncio.create_task(self._fetch(field, url, key))
+            flight = self._flights[key] = asyncio.create_task(self._fetch(field, url, owner))
             flight.add_done_callback(lambda done: self._landed(key, done))
         return self._flights[key]
 
@@ -151,21 +155,23 @@ class Loras:
         if len(self._known) > _MAX_KNOWN:
             del self._known[next(iter(self._known))]
 
-    async def _fetch(self, field: str, url: str, key: str) -> Path:
+    async def _fetch(self, field: str, url: str, owner: str) -> Path:
         part = self._folder / f"{secrets.token_hex(8)}.part"
+        limit = min(MAX_BYTES, self._limit_bytes)
         try:
-            if key != url:
+            if _is_data(url):
                 try:
                     data = await data_of(field, url)
                 except ImageError as error:
                     raise DownloadError(field, error.message) from None
                 sha256 = await self._in_keeper(lambda: _write(part, data))
-            elif path := await self._files.path_of(url):
-                sha256 = await self._in_keeper(lambda: _copy(path, part))
+            elif file := await self._files.own(url, owner=owner):
+                if file.size > limit:
+                    raise DownloadError(field, f"is larger than {limit:,} bytes")
+                sha256 = await self._copy(field, file, part)
             elif url.startswith("/"):
-                raise DownloadError(field, "there is no such file here, or it has expired")
+                raise DownloadError(field, _GONE)
             else:
-                limit = min(MAX_BYTES, self._limit_bytes)
                 sha256 = await self._egress.download(field, url, part, limit_bytes=limit, timeout_s=_FETCH_S)
             return await self._in_keeper(lambda: self._keep(field, part, sha256))
         except OSError as error:
@@ -173,6 +179,16 @@ class Loras:
             raise Unavailable("the LoRA could not be stored here") from error
         finally:
             await self._in_keeper(lambda: part.unlink(missing_ok=True))
+
+    async def _copy(self, field: str, file: File, part: Path) -> str:
+        digest = hashlib.sha256()
+        try:
+            async for block in self._files.stream(file):
+                await self._in_keeper(partial(_append, part, block))
+                digest.update(block)
+        except NotFound:
+            raise DownloadError(field, _GONE) from None
+        return digest.hexdigest()
 
     async def _in_keeper(self, work: Callable[[], T]) -> T:
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._keeper, work))
@@ -207,6 +223,10 @@ class Loras:
             raise Overloaded("the LoRAs in use leave no room for another; try again in some minutes")
 
 
+def _is_data(url: str) -> bool:
+    return url[:5].lower() == "data:"
+
+
 def _touch(path: Path) -> bool:
     """Note that ``path`` is used now; False: it is gone."""
     if not path.exists():
@@ -220,10 +240,9 @@ def _write(part: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _copy(path: Path, part: Path) -> str:
-    shutil.copyfile(path, part)
-    with part.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _append(part: Path, block: bytes) -> None:
+    with part.open("ab") as file:
+        file.write(block)
 
 
 def _check(field: str, path: Path) -> None:

@@ -35,6 +35,7 @@ class Metrics:
         self.ready = Gauge("lcm_rt_ready", "1 while an engine can answer", registry=r)
         self.model_bytes = Gauge("lcm_rt_model_bytes", "Bytes that the weights of the loaded models take", registry=r)
         self.flagged = Counter("lcm_rt_flagged", "Pictures that the safety checker blacked out", registry=r)
+        self.webhooks = Counter("lcm_rt_webhooks", "Tries to deliver webhooks", ["outcome"], registry=r)
         self.file_bytes = Gauge("lcm_rt_file_bytes", "Bytes of answered pictures on disk", registry=r)
 
     def value(self, name: str, **labels: str) -> float:

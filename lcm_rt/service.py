@@ -1,12 +1,17 @@
-"""One generation, whoever asks: the one road behind realtime and run; knows no HTTP and no tensor."""
+"""One generation, whoever asks: the one road behind realtime, run and queue; knows no HTTP and no tensor."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import secrets
 from collections.abc import Callable
+from typing import Any
 
-from lcm_rt.errors import ImageError, InputError, NotFound
+from lcm_rt import wire
+from lcm_rt.apps import PLATFORM_APPS, parse_app
+from lcm_rt.auth import LOCAL
+from lcm_rt.errors import ImageError, InputError, NotFound, RequestTimeout
 from lcm_rt.files import Files
 from lcm_rt.loras import Loras
 from lcm_rt.metrics import Metrics
@@ -23,20 +28,6 @@ from lcm_rt.workers import Generation, Workers
 
 PLATFORM_MODELS = frozenset({"sdv1-5", "sdxl"})
 """The hosted app's own model names: where one is not served, the default answers, and the output says so."""
-
-PLATFORM_APPS = {
-    "fast-lcm-diffusion": "sdxl",
-    "fast-turbo-diffusion": "sdxl-turbo",
-    "lcm": "sdv1-5",
-    "lcm-plexed-sd15-i2i": "sdv1-5",
-    "lcm-sd15-i2i": "sdv1-5",
-    "sd-turbo-real-time-high-fps-msgpack": "sd-turbo",
-    "sd-turbo-real-time-high-fps-msgpack-a10g": "sd-turbo",
-    "sdxl-turbo-realtime": "sdxl-turbo",
-    "shared-lcm-test": "sdv1-5",
-}
-"""Aliases of the hosted apps whose messages this server understands, whoever owns them, and the model that each uses
-when it is served here; otherwise the server's default model answers."""
 
 
 class Ongoing:
@@ -94,13 +85,10 @@ class Service:
 
         Raises: NotFound: neither an app of the platform that is spoken here nor a model served here.
         """
-        if "requests" in app.split("/"):
-            raise NotFound("there is no queue here yet; use /run/fal-ai/lcm or the realtime socket")
-        owner, _, rest = app.partition("/")
-        if not rest:  # the legacy spelling has a dash after a numeric owner
-            number, _, name = owner.partition("-")
-            rest = name if number.isdecimal() and name else owner
-        alias = rest.partition("/")[0]
+        parsed = parse_app(app)
+        if "requests" in parsed.path.split("/"):
+            raise NotFound("jobs are looked for under /queue")
+        alias = parsed.alias
         if alias in self.workers.models:
             return alias
         if alias in PLATFORM_APPS or not alias:
@@ -120,10 +108,10 @@ class Service:
             return wanted.model_name
         return app_model
 
-    async def _picture(self, name: str, data: bytes | None, url: str | None) -> bytes | None:
+    async def _picture(self, name: str, data: bytes | None, url: str | None, owner: str) -> bytes | None:
         if data is not None:
             return data
-        return await self.files.read(f"{name}_url", url) if url else None
+        return await self.files.read(f"{name}_url", url, owner=owner) if url else None
 
     async def start(
         self,
@@ -131,11 +119,15 @@ class Service:
         *,
         app_model: str,
         priority: Priority,
+        owner: str = LOCAL,
         session: str | None = None,
         on_begun: Callable[[], None] | None = None,
         on_preview: Callable[[Preview], None] | None = None,
     ) -> Ongoing:
         """Resolve ``wanted`` and submit it; its pictures have the seeds seed, seed+1, ...
+
+        Args:
+            owner: whose it is, for what only its owner may read, and for fairness. session: the realtime connection.
 
         Raises: LcmError.
         """
@@ -143,14 +135,14 @@ class Service:
         size = self._size(wanted)
         self.workers.require(model)  # before anything is fetched in vain
         inline = wanted.image if wanted.image_bytes is None else wanted.image_bytes
-        image = await self._picture("image", inline, wanted.image_url)
-        mask = await self._picture("mask", wanted.mask_bytes, wanted.mask_url)
+        image = await self._picture("image", inline, wanted.image_url, owner)
+        mask = await self._picture("mask", wanted.mask_bytes, wanted.mask_url, owner)
         if mask is not None and image is None:
             raise InputError("image_url", "a mask needs the picture that it masks", "missing")
         for field in ("inpaint_mask_only", "controlnet_inpaint"):
             if getattr(wanted, field) and mask is None:
                 raise InputError(field, "needs a mask", "missing")
-        lora = None if wanted.lora_url is None else str(await self.loras.find("lora_url", wanted.lora_url))
+        lora = None if wanted.lora_url is None else str(await self.loras.find("lora_url", wanted.lora_url, owner=owner))
         steps = wanted.num_inference_steps
         if "num_inference_steps" not in wanted.model_fields_set:
             steps = self.workers.models[model].steps
@@ -162,6 +154,7 @@ class Service:
             seed=seed,
             image=image,
             mask=mask,
+            mask_alpha=wanted.mask_alpha,
             inpaint_mask_only=wanted.inpaint_mask_only,
             controlnet_inpaint=wanted.controlnet_inpaint,
             strength=wanted.strength,
@@ -176,11 +169,15 @@ class Service:
             quality=wanted.quality,
             priority=priority,
             session=session,
-            owner=session or f"run-{next(self._runs)}",
+            owner=self._party(owner, session),
             max_side=self._max_side,
         )
         parts = self.workers.submit(request, on_begun, on_preview, count=wanted.num_images)
         return Ongoing(parts, wanted)
+
+    def _party(self, owner: str, session: str | None) -> str:
+        """Who shares the rows fairly: owners of keys; without keys, each connection and each request by itself."""
+        return owner if owner != LOCAL else session or f"run-{next(self._runs)}"
 
     def _size(self, wanted: GenerateInput) -> tuple[int, int] | None:
         if wanted.image_size is None:
@@ -200,8 +197,68 @@ class Service:
             for stage, seconds in result.timings.items():
                 self.metrics.seconds.labels(stage).observe(seconds)
 
-    async def run(self, wanted: GenerateInput, *, app_model: str, priority: Priority) -> GenerateOutput:
-        """Start, wait, count. Raises: LcmError."""
-        output = await (await self.start(wanted, app_model=app_model, priority=priority)).output()
+    async def run(
+        self,
+        wanted: GenerateInput,
+        *,
+        app_model: str,
+        priority: Priority,
+        owner: str = LOCAL,
+        on_begun: Callable[[], None] | None = None,
+        on_preview: Callable[[Preview], None] | None = None,
+        start_within_s: float | None = None,
+    ) -> GenerateOutput:
+        """Start, wait, count.
+
+        Args:
+            start_within_s: how long it may wait for its model and its turn; without it, a model that is still on its
+                way is an error at once.
+
+        Raises: RequestTimeout: it did not begin in that time. LcmError.
+        """
+        waiting = asyncio.timeout(start_within_s)
+        left = False
+
+        def begin() -> None:
+            if not (left or waiting.expired()):
+                waiting.reschedule(None)
+            if on_begun:
+                on_begun()
+
+        try:
+            async with waiting:
+                if start_within_s is not None:
+                    await self.workers.wait_model(self.model_of(wanted, app_model))
+                ongoing = await self.start(
+                    wanted, app_model=app_model, priority=priority, owner=owner, on_begun=begin, on_preview=on_preview
+                )
+                output = await ongoing.output()
+        except TimeoutError:
+            raise RequestTimeout(f"it did not begin within {start_within_s:g} s") from None
+        finally:
+            left = True
         self.count(output, priority)
         return output
+
+    async def answer(
+        self,
+        output: GenerateOutput,
+        wanted: GenerateInput,
+        *,
+        address: Callable[[str], str],
+        owner: str = LOCAL,
+        ttl_s: float | None = None,
+    ) -> dict[str, Any]:
+        """The body of an answer by HTTP: pictures by URL, or inline with ``sync_mode``.
+
+        Args:
+            address: the URL of a file by its name. owner, ttl_s: whose its files are, and how long they are kept.
+        """
+        images = []
+        for result in output.results:
+            if wanted.sync_mode:
+                url = wire.data_uri(result)
+            else:
+                url = address(await self.files.put(result.image, result.content_type, owner=owner, ttl_s=ttl_s))
+            images.append(wire.image_entry(result, url))
+        return {"images": images, **wire.output_fields(output)}

@@ -35,8 +35,17 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    insecure: bool = Field(False, description="Allow an address that other machines reach, though there are no keys.")
-    data_dir: Path = Field(default_factory=_default_data_dir, description="Where answered pictures are kept.")
+    insecure: bool = Field(False, description="Ask nobody for a key, though other machines reach the address.")
+    keys: bool = Field(False, description="Ask for API keys on this machine's own address too.")
+    tls_cert: Path | None = Field(None, description="Certificate chain (PEM), to speak https and wss.")
+    tls_key: Path | None = Field(None, description="Its private key (PEM).")
+    data_dir: Path = Field(default_factory=_default_data_dir, description="Where the database and files are kept.")
+    database_url: str | None = Field(
+        None, description="postgresql+psycopg://... shared by several servers; by default SQLite in data_dir."
+    )
+    storage_url: str | None = Field(
+        None, description="Where files lie, as fsspec spells it (s3://bucket/path); by default a folder in data_dir."
+    )
     models: Annotated[list[str], NoDecode] = Field(
         ["embedded"],
         min_length=1,
@@ -62,6 +71,15 @@ class Settings(BaseSettings):
     hang_timeout_s: float = Field(120, gt=0, description="An engine whose step takes longer than this is restarted.")
     file_ttl_s: float = Field(3600, gt=0, description="How long an answered picture is kept for its URL.")
     file_limit_mb: int = Field(1024, ge=1, description="Most that answered pictures may take on disk; oldest go first.")
+    upload_ttl_s: float = Field(7 * 86400, gt=0, description="How long an upload is kept that does not say how long.")
+    upload_limit_mb: int = Field(2048, ge=1, description="Largest upload.")
+    upload_quota_mb: int = Field(20480, ge=1, description="Most that the uploads of one owner may take.")
+
+    result_ttl_s: float = Field(3600, gt=0, description="How long a queued job's result is kept.")
+    max_jobs: int = Field(1000, ge=1, description="Jobs that wait in the queue, before 429.")
+    max_jobs_per_owner: int = Field(100, ge=1, description="... of one owner.")
+    running_jobs: int = Field(4, ge=1, description="Jobs of the queue that this server runs at a time.")
+    webhook_private: bool = Field(False, description="Allow webhooks to private addresses and other ports.")
 
     fetch_private: bool = Field(
         False, description="Allow pictures and LoRAs to be fetched from private addresses and other ports."
@@ -84,6 +102,11 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, models: str | list[str]) -> list[str]:
         return models.split(",") if isinstance(models, str) else models
+
+    @property
+    def is_open(self) -> bool:
+        """Nobody is asked for a key."""
+        return not self.keys and (self.is_loopback or self.insecure)
 
     @property
     def is_loopback(self) -> bool:

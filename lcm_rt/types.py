@@ -12,7 +12,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator takes 32 bits: 2**32 would be seed 0 again.
 MAX_SIDE = 1024  # px; larger input pictures are scaled down to it.
@@ -32,6 +41,8 @@ SIZES = {
     "landscape_16_9": (1024, 576),
 }
 """Named values of ``image_size``: (width, height) in pixels."""
+
+SizeName = Annotated[str, WithJsonSchema({"type": "string", "enum": [*SIZES]})]
 
 Side = Annotated[int, Field(ge=64, le=LARGEST_SIDE, multiple_of=8)]
 
@@ -62,7 +73,11 @@ def _bytes_by_text(value: Any) -> Any:
         raise ValueError("should be bytes, or base64 text") from None
 
 
-File = Annotated[bytes, BeforeValidator(_bytes_by_text)]
+File = Annotated[
+    bytes,
+    BeforeValidator(_bytes_by_text),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64", "description": "A picture file, in base64."}),
+]
 
 
 def is_request_id(value: Any) -> bool:
@@ -79,7 +94,12 @@ def _request_id(value: Any) -> Any:
 class GenerateInput(BaseModel):
     """One message of a client. Unknown keys are ignored; ``null`` means the default."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="ignore",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        json_schema_extra={"examples": [{"prompt": "sunset over a lake"}]},
+    )
 
     prompt: str = Field(max_length=10_000)
     negative_prompt: str = Field(
@@ -94,6 +114,7 @@ class GenerateInput(BaseModel):
     image: File | None = Field(None, description="The older name of `image_bytes`.")
     mask_url: str | None = Field(None, description="White is painted anew, black is kept; of the image's size.")
     mask_bytes: File | None = None
+    mask_alpha: bool = Field(False, description="The mask's transparent parts are painted anew, whatever its colours.")
     inpaint_mask_only: bool = Field(
         False, description="Paint the mask's surroundings at full size, and paste them: the rest is untouched."
     )
@@ -102,7 +123,9 @@ class GenerateInput(BaseModel):
     seed: int | None = Field(None, ge=0, le=2**53 - MAX_IMAGES)
     guidance_scale: float = Field(1.0, ge=0, le=20)
     num_inference_steps: int = Field(4, ge=1, le=MAX_STEPS)
-    image_size: Annotated[ImageSize, BeforeValidator(_size_by_name)] | None = None
+    image_size: (
+        Annotated[ImageSize, BeforeValidator(_size_by_name, json_schema_input_type=ImageSize | SizeName)] | None
+    ) = None
     num_images: int = Field(1, ge=1, le=MAX_IMAGES)
     lora_url: str | None = Field(None, description="https:, data: or /files/ address of a LoRA, or hf:OWNER/NAME/FILE.")
     lora_scale: float = Field(1.0, ge=-10, le=10)
@@ -115,7 +138,9 @@ class GenerateInput(BaseModel):
     previews: bool = Field(False, description="Realtime: a frame after each step that is not the last.")
     format: Format = "jpeg"
     quality: int = Field(80, ge=1, le=100)
-    request_id: Annotated[Any, AfterValidator(_request_id)] = Field(None, description="Text or a number, echoed.")
+    request_id: Annotated[Any, AfterValidator(_request_id), WithJsonSchema({"type": ["string", "number", "null"]})] = (
+        Field(None, description="Text or a number, echoed.")
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -131,10 +156,11 @@ class GenerateInput(BaseModel):
 class GenerateRequest:
     """One picture to make, with nothing left to guess; this crosses to the engine process.
 
-    ``image`` and ``mask`` are the bytes of picture files. ``size`` is (width, height), or None for the input picture's
-    own size (text-to-image: the model's). ``lora`` is the path of a file whose name is its content's hash. ``session``
-    is shared by the messages of one realtime connection, of which only one at a time is stepped; ``owner`` by all that
-    one client asked for, so that nobody has all rows. Without ``size``, no side of the result is over ``max_side``.
+    ``image`` and ``mask`` are the bytes of picture files; where the mask is white (``mask_alpha``: transparent), it is
+    painted anew. ``size`` is (width, height), or None for the input picture's own size (text-to-image: the model's).
+    ``lora`` is the path of a file whose name is its content's hash. ``session`` is shared by the messages of one
+    realtime connection, of which only one at a time is stepped; ``owner`` by all that one client asked for, so that
+    nobody has all rows. Without ``size``, no side of the result is over ``max_side``.
     """
 
     model: str
@@ -143,6 +169,7 @@ class GenerateRequest:
     negative_prompt: str = ""
     image: bytes | None = None
     mask: bytes | None = None
+    mask_alpha: bool = False
     inpaint_mask_only: bool = False
     controlnet_inpaint: bool = False
     strength: float = 0.8

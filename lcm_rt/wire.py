@@ -173,11 +173,12 @@ def encode_output(output: GenerateOutput, wanted: GenerateInput, frame: bytes | 
     return _pack({"images": [_content_entry(r) for r in output.results], **fields}, frame)
 
 
-def encode_preview(preview: Preview, wanted: GenerateInput, frame: bytes | str) -> bytes | str:
-    """A picture on its way to the answer to ``wanted``, in the form that the answer will have.
+def preview_fields(preview: Preview, wanted: GenerateInput) -> dict[str, Any]:
+    """A picture on its way to the answer to ``wanted``, as JSON has it: with a data URI."""
+    return {"images": [image_entry(preview, data_uri(preview))], **_about_preview(preview, wanted)}
 
-    It says ``preview: true``, how many steps it has behind it, and its seed.
-    """
+
+def _about_preview(preview: Preview, wanted: GenerateInput) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "preview": True,
         "step": preview.step,
@@ -186,9 +187,17 @@ def encode_preview(preview: Preview, wanted: GenerateInput, frame: bytes | str) 
     }
     if wanted.request_id is not None:
         fields["request_id"] = wanted.request_id
-    inline = isinstance(frame, str) or _wants_uri(wanted)
-    image = image_entry(preview, data_uri(preview)) if inline else _content_entry(preview)
-    return _pack({"images": [image], **fields}, frame)
+    return fields
+
+
+def encode_preview(preview: Preview, wanted: GenerateInput, frame: bytes | str) -> bytes | str:
+    """A picture on its way to the answer to ``wanted``, in the form that the answer will have.
+
+    It says ``preview: true``, how many steps it has behind it, and its seed.
+    """
+    if isinstance(frame, str) or _wants_uri(wanted):
+        return _pack(preview_fields(preview, wanted), frame)
+    return _pack({"images": [_content_entry(preview)], **_about_preview(preview, wanted)}, frame)
 
 
 def encode_error(error: LcmError, request_id: Any = None) -> str:
@@ -212,6 +221,11 @@ def encode_error(error: LcmError, request_id: Any = None) -> str:
 def encode_notice(action: str, **fields: Any) -> str:
     """A control frame that the platform's clients skip and our page reads."""
     return orjson.dumps({"type": "x-fal-message", "action": action, **fields}).decode()
+
+
+def encode_unauthorized() -> str:
+    """The control frame before a connection without a good key or token is closed; the clients get a fresh one."""
+    return orjson.dumps({"status": "error", "error": "Unauthorized"}).decode()
 
 
 def encode_idle_timeout() -> str:

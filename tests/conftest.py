@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lcm_rt.catalog import ModelSpec
     from lcm_rt.engine.engine import Engine
 
+pytest_plugins = ["databases"]
+
 
 @pytest.fixture(autouse=True)
 def blockbuster() -> Iterator[BlockBuster]:

@@ -14,11 +14,12 @@ from typing import Any
 
 import msgpack
 import orjson
-import uvicorn
 from anyio.from_thread import start_blocking_portal
+from starlette.applications import Starlette
 from websockets.asyncio.client import ClientConnection, connect
 
-from lcm_rt.server.app import create_app, create_service
+from lcm_rt.server.app import create_app
+from lcm_rt.server.serve import Server as ServerLoop
 from lcm_rt.server.serve import listen, uvicorn_config
 from lcm_rt.service import Service
 from lcm_rt.settings import Settings
@@ -36,15 +37,25 @@ def model_folder(folder: Path, name: str = "fake") -> str:
 
 
 class Server:
-    """A running server: where it is, and its service to look into."""
+    """A running server: where it is, and its insides to look into."""
 
-    def __init__(self, service: Service, port: int) -> None:
-        self.service = service
+    def __init__(self, app: Starlette, uvicorn: ServerLoop, port: int) -> None:
+        self.app = app
+        self.service: Service = app.state.service
+        self._uvicorn = uvicorn
         self.host = f"127.0.0.1:{port}"
         self.http = f"http://{self.host}"
 
     def connect(self, path: str = "/fal-ai/lcm/realtime", **options: Any) -> connect:
         return connect(f"ws://{self.host}{path}", max_size=None, compression=None, **options)
+
+    def stop(self) -> None:
+        """As a signal does; the end of the block waits for it."""
+        self._uvicorn.should_exit = True
+
+    async def key(self, owner: str = "alice", *scopes: str) -> str:
+        """A new API key."""
+        return await self.app.state.auth.create_key(owner, scopes or ("generate",))
 
     def metric(self, name: str, **labels: str) -> float:
         return self.service.metrics.value(name, **labels)
@@ -56,20 +67,20 @@ async def serving(
 ) -> AsyncIterator[Server]:
     """Serve from ``folder`` until the block ends."""
 
-    def build() -> tuple[Service, uvicorn.Server, socket.socket]:
+    def build() -> tuple[Starlette, ServerLoop, socket.socket]:
         chosen = Settings(**{"models": [model_folder(folder / "model")], "data_dir": folder / "data", **settings})
-        service = create_service(chosen)
-        service.workers.command = command
-        return service, uvicorn.Server(uvicorn_config(create_app(chosen, service))), listen("127.0.0.1", 0)
+        app = create_app(chosen)
+        app.state.service.workers.command = command
+        return app, ServerLoop(uvicorn_config(app)), listen("127.0.0.1", 0)
 
-    service, server, end = await asyncio.to_thread(build)  # it looks at files, which is no business of the loop
+    app, server, end = await asyncio.to_thread(build)  # it looks at files, which is no business of the loop
     running = asyncio.create_task(server._serve([end]))
     try:
         async with asyncio.timeout(60):
-            if ready:
-                await service.workers.wait_ready()
-            await until(lambda: server.started)
-        yield Server(service, end.getsockname()[1])
+            await until(lambda: server.started or running.done())
+            if ready and not running.done():
+                await app.state.service.workers.wait_ready()
+        yield Server(app, server, end.getsockname()[1])
     finally:
         server.should_exit = True
         await running

@@ -35,6 +35,16 @@ async def test_messages_both_ways_whole_and_in_order() -> None:
     theirs.close()
 
 
+def test_a_front_that_was_killed_before_it_read_is_the_end() -> None:
+    ours, theirs = socket.socketpair()
+    engine = Channel(theirs)
+    engine.send({"op": "result"})
+    engine.close()  # which waits until it lies in the other end's buffer
+    ours.close()
+    assert list(engine.receive()) == []
+    theirs.close()
+
+
 @run
 async def test_half_a_message_waits_for_its_other_half() -> None:
     ours, theirs = socket.socketpair()

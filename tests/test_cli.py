@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -11,8 +12,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from serving import run, serving
 
-HEAVY = ("torch", "numpy", "pydantic", "starlette", "huggingface_hub", "rich.table")
+from lcm_rt.errors import Unauthorized
+
+HEAVY = ("torch", "numpy", "pydantic", "starlette", "sqlalchemy", "jwt", "huggingface_hub", "rich.table")
 
 
 def lcm_rt(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -21,7 +25,7 @@ def lcm_rt(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
-    assert all(word in lcm_rt("--help").stdout for word in ("serve", "generate", "pull", "models"))
+    assert all(word in lcm_rt("--help").stdout for word in ("serve", "generate", "pull", "models", "keys"))
     code = f"import sys, lcm_rt.cli; print([m for m in {HEAVY} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
@@ -85,7 +89,6 @@ def test_pull_of_what_is_all_there() -> None:
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        (["serve", "--host", "0.0.0.0"], "--insecure"),
         (["serve", "--port", "70000"], "port"),
         (["serve", "--model", "nope"], "nope"),
         (["serve", "--model", "x=/nowhere"], "/nowhere"),
@@ -93,16 +96,52 @@ def test_pull_of_what_is_all_there() -> None:
         (["pull", "nope"], "nope"),
         (["pull", "x=model.ckpt"], "never opened"),
         (["pull", "x=me/model"], "cannot be reached"),
+        (["keys", "create", "../x"], "owner"),
+        (["keys", "create", "ann", "--scope", "root"], "scope"),
+        (["keys", "create", "ann", "--expires", "30"], "30d"),
+        (["keys", "create", "ann", "--expires", "999999w"], "hundred"),
+        (["keys", "revoke", "nobody"], "nobody"),
+        (["keys", "list", "--data-dir", "/dev/null"], "/dev/null"),
         (["generate", "x", "-o", "out.gif"], ".png"),
         (["generate", "x", "--strength", "3"], "strength"),
         (["generate", "x", "--size", "big"], "image_size"),
     ],
 )
-def test_mistakes_are_told_in_one_line(words: list[str], complaint: str) -> None:
-    done = lcm_rt(*words, HF_ENDPOINT="http://127.0.0.1:9")
+def test_mistakes_are_told_in_one_line(words: list[str], complaint: str, tmp_path: Path) -> None:
+    done = lcm_rt(*words, HF_ENDPOINT="http://127.0.0.1:9", LCM_RT_DATA_DIR=str(tmp_path))
     assert done.returncode == 1
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@run
+async def test_keys_of_a_running_server(tmp_path: Path) -> None:
+    folder = str(tmp_path / "data")
+
+    async def say(*words: str) -> str:
+        done = await asyncio.to_thread(lcm_rt, "keys", *words, "--data-dir", folder, COLUMNS="80")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    before = (await say("create", "ann", "--expires", "30d")).strip()
+    async with serving(tmp_path, keys=True, ready=False) as server:
+        key = (await say("create", "bob", "--scope", "generate", "--scope", "admin")).strip()
+        auth = server.app.state.auth
+        assert (await auth.principal_of(f"Key {before}")).owner == "ann"
+        assert (await auth.principal_of(f"Key {key}")).scopes == {"generate", "admin"}
+        table = await say("list")
+        assert row(table, key[:16])[:3] == [key[:16], "bob", "admin generate"]
+        assert row(table, before[:16])[5] == "valid"
+        assert row(table, before[:16])[4] > row(table, before[:16])[3]
+        assert row(table, key[:16])[4] == "never"
+        assert all(made.partition(":")[2] not in table for made in (before, key))
+        assert "revoked" in await say("revoke", key[:16])
+        assert key.partition(":")[2] not in await say("revoke", before)
+        for made in (before, key):
+            with pytest.raises(Unauthorized, match="revoked"):
+                await auth.principal_of(f"Key {made}")
+        table = await say("list")
+        assert {row(table, made[:16])[5] for made in (before, key)} == {"revoked"}
 
 
 def test_a_port_in_use_is_told(server_url: str, tmp_path: Path) -> None:

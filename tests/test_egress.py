@@ -8,6 +8,7 @@ import hashlib
 import logging
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,13 @@ Serve = Callable[["Host", str, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Host:
-    """A web server that does whatever ``serve`` does for a path; counts its connections and keeps its requests."""
+    """A web server that does what ``serve`` does for a path; counts connections, keeps requests and the newest body."""
 
     def __init__(self, serve: Serve) -> None:
         self.serve = serve
         self.connections = 0
         self.requests: list[str] = []
+        self.body = b""
         self.port = 0
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -63,6 +65,8 @@ class Host:
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             self.requests.append(head)
+            if length := self.header("content-length"):
+                self.body = await reader.readexactly(int(length))
             await self.serve(self, head.split()[1], writer)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
@@ -693,3 +697,127 @@ def test_nothing_is_left_of_half_a_download(how: str, tmp_path: Path) -> None:
             assert not path.exists()
 
     walk()
+
+
+async def post(client: Egress, url: str, body: bytes = b"{}", **options: Any) -> tuple[int, dict[str, str]]:
+    headers = options.pop("headers", {"content-type": "application/json"})
+    return await client.post("fal_webhook", url, body, headers, **{"limit_bytes": 1000, "timeout_s": 20, **options})
+
+
+@run
+async def test_a_post_carries_its_body_and_headers_and_tells_the_answer() -> None:
+    async def serve(host: Host, path: str, writer: asyncio.StreamWriter) -> None:
+        await answer(writer, b"later", "429 Too Many", "Retry-After: 7")
+
+    body = bytes(range(256)) * 4000
+    async with hosting(serve) as host:
+        client, dialer = make(host)
+        status, headers = await post(client, "http://pictures.example/hook?x=1", body, headers={"X-Mine": "yes"})
+        assert (status, headers["retry-after"], host.body == body, dialer.dialled) == (429, "7", True, [PUBLIC])
+        first, *lines = host.requests[0].split("\r\n")
+        assert first == "POST /hook?x=1 HTTP/1.1"
+        names = {line.partition(":")[0].lower() for line in lines if line}
+        assert names == {"host", "accept", "accept-encoding", "user-agent", "content-length", "x-mine"}
+        assert not client._pool.connections
+
+
+@run
+async def test_no_post_goes_to_a_private_target_by_whatever_road() -> None:
+    async def serve(host: Host, path: str, writer: asyncio.StreamWriter) -> None:
+        await redirect(writer, "http://127.0.0.1/")
+
+    names = odd_names()
+    async with hosting(serve) as host:
+        client, dialer = make(host, names=names)
+        for url in TARGETS + SPELLINGS:
+            with pytest.raises(DownloadError) as caught:
+                await post(client, url)
+            assert (caught.value.field, caught.value.message) == ("fal_webhook", REFUSED), url
+        assert (dialer.dialled, host.connections) == ([], 0)
+        assert (await post(client, "http://pictures.example/"))[0] == 302  # and the redirect is not followed
+        assert (dialer.dialled, host.connections) == ([PUBLIC], 1)
+
+
+def test_a_check_asks_nobody() -> None:
+    names = odd_names()
+    client = Egress(resolve=names, ssl_context=trust())
+    by_name = {"localtest.me", "metadata.google.internal", "168.63.129.16.internal", "nobody.example"}
+    passed = set()
+    for url in TARGETS + SPELLINGS:
+        with contextlib.suppress(DownloadError):
+            client.check("fal_webhook", url)
+            passed.add(url.split("/")[2])
+    assert passed == by_name | {"mixed.example", "mixed6.example"}  # which are judged once they have an address
+    for url in ("https://pictures.example/x?y=%20", "http://93.184.216.34/", f"https://[{ALSO_PUBLIC}]:443/"):
+        client.check("fal_webhook", url)
+    assert not names.asked
+    open_client = Egress(resolve=names, ssl_context=trust(), fetch_private=True)
+    open_client.check("fal_webhook", "http://localhost:8080/")
+    with pytest.raises(DownloadError, match=f"fal_webhook: {REFUSED}"):
+        open_client.check("fal_webhook", "file:///etc/passwd")
+
+
+@given(st.text(st.sampled_from("htps:/\\@#?[]%.:80 a1x\t\x00é①-") | st.characters(), max_size=40))
+def test_any_text_is_checked(text: str) -> None:
+    for url in (text, "http://" + text):
+        with contextlib.suppress(DownloadError):
+            CLIENT.check("fal_webhook", url)
+
+
+@pytest.mark.parametrize(
+    ("serve", "expected"),
+    [
+        (drip, "too long"),
+        (drip_headers, "too long"),
+        (silence, "too long"),
+        (endless, 200),  # cut at the limit
+        (endless_headers, "broke off"),
+        (boast, "too long"),
+        (too_short, "broke off"),
+        (garbage, "broke off"),
+        (two_lengths, "broke off"),
+        (odd_length, "broke off"),
+        (slam, "broke off"),
+        (missing, 404),
+    ],
+)
+def test_no_host_holds_a_post_up(serve: Serve, expected: str | int) -> None:
+    @run
+    async def walk() -> None:
+        async with hosting(serve) as host:
+            client, _ = make(host)
+            try:
+                assert (await post(client, "http://pictures.example/", bytes(2**20), timeout_s=0.3))[0] == expected
+            except DownloadError as error:
+                assert isinstance(expected, str) and expected in error.message
+            assert not client._pool.connections
+
+    walk()
+
+
+@run
+async def test_a_name_that_is_being_looked_up_is_not_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    may_answer = threading.Event()
+
+    def look_up(host: str, *rest: Any, **more: Any) -> list[Any]:
+        asked.append(host)
+        if host == "dead.example":
+            may_answer.wait(20)
+            raise socket.gaierror("no answer")
+        return [(0, 0, 0, "", (PUBLIC, 0))]
+
+    monkeypatch.setattr(egress_module.socket, "getaddrinfo", look_up)
+    async with hosting(hello) as host:
+        dialer = Dialer(host.port)
+        client = Egress(network=dialer, ssl_context=trust())
+        for _ in range(100):  # more than there are threads
+            with pytest.raises(DownloadError, match="too long"):
+                await fetch(client, "http://dead.example/", timeout_s=0.001)
+        assert await fetch(client, "http://pictures.example/") == b"hello"
+        may_answer.set()
+        with pytest.raises(DownloadError, match=REFUSED):
+            await fetch(client, "http://dead.example/")
+        assert await fetch(client, "http://pictures.example/") == b"hello"
+    assert asked.count("pictures.example") == 2  # an answer is not kept
+    assert asked.count("dead.example") <= 2

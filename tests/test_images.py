@@ -117,6 +117,45 @@ def test_strokes_on_a_transparent_layer_are_a_mask():
     assert not canvas.mask[:, 32:].any()
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_mask_by_alpha_is_filled_where_it_is_transparent(mode):
+    """Whatever its colours: the same layer as a mask by colour would be filled where it is white."""
+    layer = Image.new("RGBA", (96, 64), (255, 255, 255, 255))
+    for left, level in ((0, 0), (16, 127), (32, 128), (48, 254)):
+        layer.paste((0, 0, 0, level), (left, 0, left + 16, 64))
+    mask = file(layer.convert(mode))
+    canvas = read(file(gradient()), mask, mask_alpha=True)
+    assert canvas.mask[:, :32].all()
+    assert not canvas.mask[:, 32:].any()
+    assert (read(file(gradient()), mask).mask == (np.arange(96) >= 64)).all()
+
+
+def test_a_palette_or_webp_may_be_a_mask_by_alpha():
+    palette = Image.new("P", (96, 64), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.paste(1, (0, 0, 32, 64))
+    layer = Image.new("RGBA", (96, 64), (0, 0, 0, 255))
+    layer.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    for mask in (file(palette, transparency=1), file(layer, "WEBP", lossless=True)):
+        canvas = read(file(gradient()), mask, mask_alpha=True)
+        assert (canvas.mask == (np.arange(96) < 32)).all()
+
+
+def test_a_mask_by_alpha_is_pasted_softly():
+    layer = Image.new("RGBA", (96, 64), (0, 0, 0, 255))
+    layer.paste((0, 0, 0, 100), (40, 20, 50, 30))
+    overlay = read(file(gradient()), file(layer), mask_alpha=True, inpaint_mask_only=True).overlay
+    assert set(np.unique(overlay.mask)) == {0, 155}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "I;16"])
+def test_a_mask_by_alpha_has_transparency(mode):
+    mask = Image.new("L", (96, 64), 255)
+    mask = Image.fromarray(np.zeros((64, 96), np.uint16)) if mode == "I;16" else mask.convert(mode)
+    with pytest.raises(ImageError, match="mask: has no transparency"):
+        read(file(gradient()), file(mask), mask_alpha=True)
+
+
 def test_a_mask_of_another_size_is_refused_with_both_sizes():
     with pytest.raises(ImageError, match="mask: is 64x96 pixels, but the image is 96x64"):
         read(file(gradient()), file(Image.new("L", (64, 96))))

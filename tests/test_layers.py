@@ -17,14 +17,18 @@ import pytest
 ROOT = Path(__file__).parents[1] / "lcm_rt"
 
 FLOORS = [
-    "__init__ embedded errors types catalog settings metrics channel",
-    "wire session images transfer hub",
+    "__init__ embedded errors types apps catalog settings metrics channel store certificates kit.fal_local",
+    "wire session images transfer hub objects",
     "engine engine.sampling engine.trajectory engine.folders engine.adapters engine.safety engine.singlefile"
     " engine.models engine.conditioning engine.runner engine.engine",
     "scheduler worker workers",
-    "egress files loras service",
-    "server server.realtime server.http server.app server.serve",
+    "auth egress files loras webhooks jobs service queue",
+    "server server.replies server.addressing server.guard server.realtime server.oneshot server.run server.queue"
+    " server.storage server.tokens server.jwks server.models server.health server.kit server.openai server.docs"
+    " server.shapes server.about server.description server.app server.serve",
     "cli __main__",
+    "client client.values client.patience client.messages client.protocol client.line client.realtime client.sync"
+    " client.aio",
     "embedded.scenes embedded.muon embedded.plan embedded.networks embedded.companion embedded.controlnet embedded.lora"
     " embedded.train",
 ]
@@ -37,7 +41,14 @@ KEEPERS = {
     "tokenizers": "embedded",
     "safetensors": "engine.adapters engine.safety engine.singlefile embedded",
     "huggingface_hub": "hub transfer",
-    "httpx2": "egress transfer cli",
+    "httpx2": "egress transfer client",
+    "fsspec": "objects",
+    "sqlalchemy": "store auth files jobs webhooks",
+    "jwt": "auth",
+    "cryptography": "webhooks certificates",
+    "python_multipart": "server.openai",
+    "websockets": "client",
+    "anyio": "client.realtime",
     "httpcore2": "egress",
     "sse_starlette": "server",
     "numpy": "images engine embedded",
@@ -46,13 +57,13 @@ KEEPERS = {
     "uvicorn": "server.serve",
     "typer": "cli",
     "rich": "cli server.serve embedded",
-    "msgpack": "wire channel",
-    "orjson": "wire server.http",
+    "msgpack": "wire channel client.messages",
+    "orjson": "wire files jobs queue webhooks server client.messages",
     "prometheus_client": "metrics",
     "pydantic_settings": "settings",
-    "os": "settings worker engine.engine embedded",
-    "asyncio": "channel workers egress files loras service server cli",
-    "threading": "channel worker engine.adapters embedded",
+    "os": "settings worker engine.engine embedded client kit.fal_local",
+    "asyncio": "channel workers store objects egress files loras webhooks service queue server cli client",
+    "threading": "channel worker store engine.adapters embedded",
     "pickle": "",
 }
 

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import zipfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from test_egress import Host, Names, Serve, answer, hosting, identity, make, sil
 from lcm_rt import loras as loras_module
 from lcm_rt.egress import REFUSED, Egress
 from lcm_rt.errors import DownloadError, InputError, Overloaded, Unavailable
-from lcm_rt.files import Files
+from lcm_rt.files import Access, Files, Lifecycle
 from lcm_rt.loras import GRACE_S, TTL_S, Loras
 from lcm_rt.metrics import Metrics
+from lcm_rt.store import Store as Rows
 
 
 def safetensors(header: Any, body: bytes = b"", *, length: int | None = None) -> bytes:
@@ -52,20 +54,52 @@ def data_uri(data: bytes) -> str:
     return "data:application/octet-stream;base64," + base64.b64encode(data).decode()
 
 
+def files_of(folder: Path, egress: Egress | None = None, *, rows: Rows | None = None, storage: str = "") -> Files:
+    """Files to look for a LoRA in; their rows are looked at only for URLs that may be of ours."""
+    return Files(
+        rows or Rows(f"sqlite:///{folder}/rows.db"),
+        storage or folder / "files",
+        ttl_s=100,
+        limit_bytes=10**6,
+        upload_ttl_s=100,
+        upload_limit_bytes=10**7,
+        upload_quota_bytes=10**8,
+        metrics=Metrics(),
+        egress=egress,
+    )
+
+
 class Store:
     """A Loras that reaches ``host`` under any name, and what is around it."""
 
     def __init__(
-        self, folder: Path, host: Host | None = None, *, limit_bytes: int = 10**6, hub: str | None = None
+        self,
+        folder: Path,
+        host: Host | None = None,
+        *,
+        limit_bytes: int = 10**6,
+        hub: str | None = None,
+        rows: Rows | None = None,
+        storage: str = "",
     ) -> None:
         self.folder = folder / "loras"
         self.folder.mkdir(exist_ok=True)
         client, self.dialer = make(host or Host(silence), fetch_private=True)
-        self.files = Files(folder / "files", ttl_s=100, limit_bytes=10**6, metrics=Metrics(), egress=client)
+        self.files = files_of(folder, client, rows=rows, storage=storage)
         self.loras = Loras(self.folder, files=self.files, egress=client, limit_bytes=limit_bytes, hub=hub)
 
-    async def find(self, url: str) -> Path:
-        return await self.loras.find("lora_url", url)
+    async def find(self, url: str, **options: Any) -> Path:
+        return await self.loras.find("lora_url", url, **options)
+
+    async def upload(self, data: bytes, **options: Any) -> str:
+        """The name of a new file of ours."""
+
+        async def body() -> AsyncIterator[bytes]:
+            yield data
+
+        begun = await self.files.begin(None, "a.safetensors", **options)
+        await self.files.write(begun, body())
+        return begun.name
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir())
@@ -117,20 +151,55 @@ async def test_a_lora_lies_under_the_hash_of_its_bytes(tmp_path: Path) -> None:
 
 
 @run
-async def test_a_lora_may_be_a_data_uri_or_a_file_of_ours(tmp_path: Path) -> None:
+async def test_a_lora_may_be_a_data_uri(tmp_path: Path) -> None:
     it = await store(tmp_path)
     path = await it.find(data_uri(lora(1)))
     assert path.name == f"{sha256(lora(1))}.safetensors"
     assert await it.find(data_uri(lora(1))) == path
-    name = await it.files.put(lora(2), "image/png")
-    for url in (f"/files/{name}", f"http://127.0.0.1:1/files/{name}"):
-        assert (await it.find(url)).name == f"{sha256(lora(2))}.safetensors"
-    assert it.dialer.dialled == []
-    with pytest.raises(DownloadError, match="lora_url: there is no such file here"):
-        await it.find("/files/" + "a" * 22 + ".png")
     for uri in ("data:", "data:;base64,?", "data:;base64," + "A" * 4):
         with pytest.raises(DownloadError, match="lora_url"):
             await it.find(uri)
+
+
+@pytest.mark.parametrize("storage", ["", "memory://loras"])
+def test_a_lora_may_be_a_file_of_ours(tmp_path: Path, storage: str) -> None:
+    @run
+    async def walk() -> None:
+        async with Rows(f"sqlite:///{tmp_path}/rows.db") as rows:
+            it = await store(tmp_path, rows=rows, storage=storage, limit_bytes=10**7)
+            large = lora(2, size=3 * 2**20)
+            name = await it.upload(large)
+            for url in (f"/files/{name}", f"/cdn/files/{name}", f"http://127.0.0.1:1/files/{name}"):
+                path = await it.find(url)
+                assert path.name == f"{sha256(large)}.safetensors"
+                assert await asyncio.to_thread(path.read_bytes) == large
+            assert it.dialer.dialled == []
+            with pytest.raises(DownloadError, match="lora_url: there is no such file here"):
+                await it.find("/files/" + "a" * 22 + ".png")
+            too_large = await it.upload(lora(size=2 * 10**6))
+            it.loras._limit_bytes = 10**6
+            with pytest.raises(DownloadError, match="lora_url: is larger than 1,000,000 bytes"):
+                await it.find(f"/files/{too_large}")
+            picture = await it.files.put(b"png", "image/png")
+            with pytest.raises(DownloadError, match="is not a safetensors file"):
+                await it.find(f"/files/{picture}")
+            assert await names(it) == [path.name]
+
+    walk()
+
+
+@run
+async def test_a_private_lora_is_for_whom_its_owner_says(tmp_path: Path) -> None:
+    async with Rows(f"sqlite:///{tmp_path}/rows.db") as rows:
+        it = await store(tmp_path, rows=rows)
+        private = Lifecycle(access=Access("hide", (("bob", "allow"),)))
+        url = "/files/" + await it.upload(lora(), owner="alice", lifecycle=private)
+        path = await it.find(url, owner="alice")
+        assert await it.find(url, owner="bob") == path
+        for _ in range(2):  # though it lies here now
+            with pytest.raises(DownloadError, match="there is no such file here"):
+                await it.find(url, owner="eve")
+        assert await it.find(url, owner="alice") == path
 
 
 @run
@@ -141,7 +210,7 @@ async def test_a_lora_may_be_one_of_the_hub(tmp_path: Path) -> None:
     client_names = Names(huggingface_co=[["18.164.174.23"]])
     async with hosting(serve, await asyncio.to_thread(identity, tmp_path)) as host:
         client, _ = make(host, names=client_names)
-        files = Files(tmp_path / "files", ttl_s=100, limit_bytes=10**6, metrics=Metrics(), egress=client)
+        files = files_of(tmp_path, client)
         options: dict[str, Any] = {"files": files, "egress": client, "limit_bytes": 10**6}
         it = await asyncio.to_thread(lambda: Loras(tmp_path / "loras", hub="https://huggingface.co", **options))
         for url, path in {
@@ -192,7 +261,7 @@ def test_other_addresses_are_no_loras(url: str, tmp_path: Path) -> None:
 async def test_plain_http_and_private_hosts_are_for_those_who_allow_them(tmp_path: Path) -> None:
     async with hosting(serving_bytes(lora())) as host:
         client, dialer = make(host)
-        files = Files(tmp_path / "files", ttl_s=100, limit_bytes=10**6, metrics=Metrics(), egress=client)
+        files = files_of(tmp_path, client)
         it = await asyncio.to_thread(
             lambda: Loras(tmp_path / "loras", files=files, egress=client, limit_bytes=10**6, hub=None)
         )
@@ -456,14 +525,12 @@ VICTIM = """
 import asyncio, sys
 from pathlib import Path
 from lcm_rt.egress import Egress
-from lcm_rt.files import Files
 from lcm_rt.loras import Loras
-from lcm_rt.metrics import Metrics
+from test_loras import files_of
 
 folder, url = Path(sys.argv[1]), sys.argv[2]
 egress = Egress(fetch_private=True)
-files = Files(folder / "files", ttl_s=100, limit_bytes=10**6, metrics=Metrics(), egress=egress)
-loras = Loras(folder / "loras", files=files, egress=egress, limit_bytes=10**7, hub=None)
+loras = Loras(folder / "loras", files=files_of(folder, egress), egress=egress, limit_bytes=10**7, hub=None)
 asyncio.run(loras.find("lora_url", url))
 """
 
@@ -473,7 +540,9 @@ async def test_a_kill_during_a_download_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "loras"
     async with hosting(half) as host:
         url = f"http://127.0.0.1:{host.port}/x.safetensors"
-        victim = await asyncio.create_subprocess_exec(sys.executable, "-c", VICTIM, str(tmp_path), url)
+        victim = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", VICTIM, str(tmp_path), url), cwd=Path(__file__).parent
+        )
         await until(lambda: any(path.stat().st_size for path in folder.glob("*.part")))
         victim.send_signal(signal.SIGKILL)
         await victim.wait()
@@ -507,6 +576,5 @@ async def test_the_map_of_urls_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_loras_folder_is_made(tmp_path: Path) -> None:
-    files = Files(tmp_path / "files", ttl_s=100, limit_bytes=1, metrics=Metrics())
-    Loras(tmp_path / "a" / "b", files=files, egress=Egress(), limit_bytes=1, hub=None)
+    Loras(tmp_path / "a" / "b", files=files_of(tmp_path), egress=Egress(), limit_bytes=1, hub=None)
     assert (tmp_path / "a" / "b").is_dir()

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import pytest
 from fake_engine import colour
 from PIL import Image
 from serving import SIDE, hear, model_folder, run, say, serving, until
-from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosedOK
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
 
+from lcm_rt.auth import Auth
 from lcm_rt.server.realtime import app_of_path, max_buffering_of
+from lcm_rt.wire import MAX_MESSAGE_BYTES
 
 
 def picture(width: int = SIDE, height: int = SIDE, format: str = "png") -> bytes:
@@ -52,6 +55,7 @@ class Hold:
 SMALL = {"image_size": {"width": SIDE, "height": SIDE}, "format": "png", "num_inference_steps": 1}
 
 
+@pytest.mark.points(14, 15, 16, 17, 31)
 @run
 async def test_a_msgpack_message_is_answered_with_bytes(tmp_path: Path) -> None:
     async with serving(tmp_path) as server, server.connect() as socket:
@@ -69,6 +73,7 @@ async def test_a_msgpack_message_is_answered_with_bytes(tmp_path: Path) -> None:
     assert "status" not in answer and "type" not in answer
 
 
+@pytest.mark.points(15, 18)
 @run
 async def test_a_text_message_is_answered_in_text_with_a_data_uri(tmp_path: Path) -> None:
     async with serving(tmp_path) as server, server.connect() as socket:
@@ -91,6 +96,7 @@ FORMS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.points(32)
 @run
 async def test_each_client_gets_the_form_that_it_reads(tmp_path: Path) -> None:
     async with serving(tmp_path) as server, server.connect() as socket:
@@ -101,6 +107,7 @@ async def test_each_client_gets_the_form_that_it_reads(tmp_path: Path) -> None:
             assert ("image" in answer) == ("image" in fields)
 
 
+@pytest.mark.points(9, 11)
 @run
 async def test_forty_messages_in_a_burst(tmp_path: Path) -> None:
     """Few answers, in order, the last one of message 40."""
@@ -120,6 +127,7 @@ async def test_forty_messages_in_a_burst(tmp_path: Path) -> None:
         assert server.metric("lcm_rt_superseded_total") == 38
 
 
+@pytest.mark.points(8, 9, 11)
 @run
 async def test_max_buffering_keeps_more(tmp_path: Path) -> None:
     hold = Hold(tmp_path)
@@ -165,6 +173,7 @@ BAD_FRAMES = [
 ]
 
 
+@pytest.mark.points(19, 20, 21, 22)
 @run
 async def test_a_bad_message_gets_a_typed_error_and_the_socket_lives(tmp_path: Path) -> None:
     async with serving(tmp_path) as server, server.connect() as socket:
@@ -184,6 +193,7 @@ async def test_a_bad_message_gets_a_typed_error_and_the_socket_lives(tmp_path: P
             assert (await hear(socket))["images"]
 
 
+@pytest.mark.points(29)
 @run
 async def test_two_sockets_get_their_own_pictures(tmp_path: Path) -> None:
     async with serving(tmp_path) as server, server.connect() as one, server.connect() as two:
@@ -213,6 +223,7 @@ async def test_a_failing_picture_leaves_its_batch_mates_alone(tmp_path: Path) ->
         assert (await hear(three))["images"]
 
 
+@pytest.mark.points(26)
 @run
 async def test_a_client_that_leaves_frees_its_work(tmp_path: Path) -> None:
     hold = Hold(tmp_path)
@@ -229,6 +240,7 @@ async def test_a_client_that_leaves_frees_its_work(tmp_path: Path) -> None:
         assert server.metric("lcm_rt_pictures_total", model="fake", priority="realtime") == 1
 
 
+@pytest.mark.points(23, 26)
 @run
 async def test_an_idle_connection_is_closed_normally(tmp_path: Path) -> None:
     async with serving(tmp_path, idle_timeout_s=0.05) as server, server.connect() as socket:
@@ -251,6 +263,7 @@ async def test_a_client_that_waits_for_us_is_not_idle(tmp_path: Path) -> None:
         assert (await hear(socket))["images"]
 
 
+@pytest.mark.points(26)
 @run
 async def test_a_client_that_does_not_read_is_cut_and_costs_no_work(tmp_path: Path) -> None:
     big = {"image_size": {"width": 1024, "height": 1024}, "format": "png", "num_inference_steps": 1}
@@ -269,6 +282,7 @@ async def test_a_client_that_does_not_read_is_cut_and_costs_no_work(tmp_path: Pa
             assert (await hear(socket))["images"]
 
 
+@pytest.mark.points(2)
 @run
 async def test_an_unknown_app_is_told_after_the_handshake(tmp_path: Path) -> None:
     async with serving(tmp_path) as server, server.connect("/fal-ai/nope/realtime") as socket:
@@ -354,16 +368,234 @@ async def test_the_last_message_survives_a_killed_engine(tmp_path: Path) -> None
         assert (await hear(socket))["request_id"] == 1
 
 
+@pytest.mark.points(27)
 @run
-async def test_stopping_closes_sockets_in_good_order(tmp_path: Path) -> None:
+async def test_stopping_finishes_pictures_and_says_goodbye(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
     async with serving(tmp_path) as server:
-        socket = await server.connect()
-        await say(socket, prompt="lake", **SMALL)
-        await hear(socket)
-    await socket.wait_closed()
-    assert socket.close_code in (1000, 1001, 1012)
+        idle, busy = await server.connect(), await server.connect()
+        await say(busy, prompt=hold.prompt, **SMALL)
+        await hold.entered()
+        server.stop()
+        await idle.wait_closed()
+        assert idle.close_code == 1001
+        async with server.connect() as late:
+            assert (await hear(late))["error"] == "overloaded"
+        hold.release()
+        assert (await hear(busy))["images"]
+        await busy.wait_closed()
+        assert busy.close_code == 1001
 
 
+URLS = [
+    "/fal-ai/lcm/realtime",
+    "/fal-ai/lcm/realtime/realtime",
+    "/fal-ai/lcm",
+    "/fal-ai/lcm/ws",
+    "/run/fal-ai/lcm/realtime",
+    "/fal-ai/fast-lcm-diffusion/image-to-image/realtime",
+    "/fal-ai/lcm/ws/custom",
+    "/workflows/me/lcm/realtime",
+    "/110602490/lcm-sd15-i2i/realtime",
+    "/110602490-lcm-sd15-i2i",
+    "/fal-ai/lcm-sd15-i2i/realtime",
+    "/fake/realtime",
+    "/realtime",
+]
+
+
+@pytest.mark.points(1, 2, 30)
+@run
+async def test_every_address_of_an_application(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        port = int(server.host.rpartition(":")[2])
+        hosts = ["fal.run/fal-ai/lcm/realtime", "110602490-lcm-sd15-i2i.gateway.alpha.fal.ai/ws"]
+        for address in [f"{server.host}{path}" for path in URLS] + hosts:
+            async with connect(f"ws://{address}", host="127.0.0.1", port=port) as socket:
+                await say(socket, prompt="lake", seed=7, **SMALL)
+                (image,) = (await hear(socket))["images"]
+                assert tuple(pixels(image["content"])[0, 0]) == colour("lake", 7), address
+
+
+@pytest.mark.points(3)
+@run
+async def test_what_a_handshake_offers_does_not_matter(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        address = f"ws://{server.host}/fal-ai/lcm/realtime"
+        offers: dict[str, Any] = {
+            "subprotocols": ["chat"],
+            "origin": "https://pictures.example",
+            "compression": "deflate",
+        }
+        async with connect(address, **offers) as socket:
+            assert socket.subprotocol is None
+            assert not socket.protocol.extensions
+            await say(socket, prompt="lake", **SMALL)
+            assert (await hear(socket))["images"]
+
+
+@pytest.mark.points(12)
+@run
+async def test_the_codec_is_that_of_each_frame(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, server.connect() as socket:
+        for number in range(6):
+            fields = {"prompt": "lake", "request_id": number, **SMALL}
+            frame = orjson.dumps(fields).decode() if number % 2 else msgpack.packb(fields)
+            await socket.send(frame)
+            answer = await socket.recv()
+            assert type(answer) is type(frame)
+            assert (orjson.loads(answer) if isinstance(answer, str) else msgpack.unpackb(answer))[
+                "request_id"
+            ] == number
+
+
+@pytest.mark.points(13, 14)
+@run
+async def test_what_javascript_packs_is_understood(tmp_path: Path) -> None:
+    """Whole numbers for floats, undefined as nil, 64-bit numbers, NaN, dates, and an ArrayBuffer as an empty map."""
+    odd = {
+        "guidance_scale": 1,
+        "strength": 1,
+        "negative_prompt": None,
+        "undefined": None,
+        "big": 2**63 + 5,
+        "not_a_number": float("nan"),
+        "date": msgpack.Timestamp(1, 2),
+        "image_bytes": {},
+        "mask_bytes": {},
+    }
+    async with serving(tmp_path) as server, server.connect() as socket:
+        await say(socket, prompt="lake", seed=7, **odd, **SMALL)
+        (image,) = (await hear(socket))["images"]
+        assert tuple(pixels(image["content"])[0, 0]) == colour("lake", 7)
+
+
+@pytest.mark.points(10)
+@run
+async def test_a_camera_sees_answers_that_lag_by_no_more_than_what_waits(tmp_path: Path) -> None:
+    """Six messages come while one picture is made, thirty times over."""
+    hold = Hold(tmp_path)
+    async with serving(tmp_path) as server, server.connect() as socket:
+        sent = 1
+        await say(socket, prompt=hold.prompt, request_id=1, **SMALL)
+        for _ in range(30):
+            await hold.entered()
+            for _ in range(6):
+                sent += 1
+                await say(socket, prompt=hold.prompt, request_id=sent, **SMALL)
+            await until(lambda: server.metric("lcm_rt_messages_total") == sent)  # noqa: B023
+            hold.release()
+            assert (await hear(socket))["request_id"] >= sent - 2 * 6
+        await hold.entered()
+        hold.release()
+        assert (await hear(socket))["request_id"] == sent
+
+
+@pytest.mark.points(24, 25)
+@run
+async def test_pings_and_closes_are_answered_while_a_picture_is_made(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    async with serving(tmp_path) as server, server.connect() as socket:
+        await say(socket, prompt=hold.prompt, **SMALL)
+        await hold.entered()
+        await (await socket.ping())
+        await socket.close()
+        assert socket.close_code == 1000
+        hold.release()
+
+
+@pytest.mark.points(28)
+@run
+async def test_the_largest_message(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        frame = msgpack.packb({"prompt": "lake", **SMALL, "more": b""})
+        room = MAX_MESSAGE_BYTES - len(frame) - 3  # a longer count for more bytes
+        async with server.connect() as socket:
+            await say(socket, prompt="lake", **SMALL, more=bytes(room))
+            assert (await hear(socket))["images"]
+        async with server.connect() as socket:
+            with pytest.raises(ConnectionClosedError) as closed:
+                await say(socket, prompt="lake", **SMALL, more=bytes(room + 1))
+                await socket.recv()
+            assert closed.value.rcvd and closed.value.rcvd.code == 1009
+
+
+@pytest.mark.points(30)
+@run
+async def test_connecting_again_works_at_once(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_sessions=2) as server:
+        for number in range(20):
+            async with server.connect() as socket:
+                await say(socket, prompt="lake", request_id=number, **SMALL)
+                assert (await hear(socket))["request_id"] == number
+
+
+@pytest.mark.points(31)
+@run
+async def test_seeds_that_nobody_gave_are_small(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, server.connect() as socket:
+        for _ in range(20):
+            await say(socket, prompt="lake", **SMALL)
+            assert 0 <= (await hear(socket))["seed"] < 2**53
+
+
+async def refused(socket: ClientConnection) -> None:
+    """It says so as text, and closes normally."""
+    assert await socket.recv() == '{"status":"error","error":"Unauthorized"}'
+    with pytest.raises(ConnectionClosedOK) as closed:
+        await socket.recv()
+    assert closed.value.rcvd and closed.value.rcvd.code == 1000
+
+
+@pytest.mark.points(4, 5, 6, 7, 34)
+@run
+async def test_keys_and_tokens_open_a_socket(tmp_path: Path) -> None:
+    async with serving(tmp_path, keys=True) as server:
+        key = await server.key()
+        for bad in ("", "?fal_jwt_token=", "?fal_jwt_token=nonsense", "?fal_jwt_token=" + "x" * 4000):
+            async with server.connect(f"/fal-ai/lcm/realtime{bad}") as socket:
+                await refused(socket)
+        async with server.connect(additional_headers={"Authorization": "Key nobody:nothing"}) as socket:
+            await refused(socket)
+        async with server.connect(additional_headers={"Authorization": f"Key {key}"}) as socket:
+            await say(socket, prompt="lake", **SMALL)
+            assert (await hear(socket))["images"]
+        earlier = Auth(server.app.state.store, is_open=False, clock=lambda: time.time() - 300)
+        await earlier.start()
+        principal = await earlier.principal_of(f"Key {key}")
+        token = earlier.mint(principal, "realtime", lifetime_s=120, apps=["lcm"])  # past its life by now, but ours
+        async with server.connect(f"/fal-ai/lcm/realtime?fal_jwt_token={token}") as socket:
+            await say(socket, prompt="lake", **SMALL)
+            assert (await hear(socket))["images"]
+        async with server.connect(f"/fal-ai/fast-lcm-diffusion/realtime?fal_jwt_token={token}") as socket:
+            await refused(socket)
+
+
+@run
+async def test_http_over_a_websocket(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, server.connect("/ws/fal-ai/lcm") as socket:
+        for fields, status in ((SMALL | {"prompt": "lake"}, 200), ({}, 422), (SMALL | {"prompt": "sea"}, 200)):
+            await socket.send(orjson.dumps(fields).decode())
+            start, body, end = [orjson.loads(await socket.recv()) for _ in range(3)]
+            assert (start["type"], start["status"], end["type"]) == ("start", status, "end")
+            assert start["request_id"] == end["request_id"] == start["headers"]["x-fal-request-id"]
+            assert body["images"] if status == 200 else body["detail"][0]["loc"] == ["body", "prompt"]
+
+
+@run
+async def test_http_over_a_websocket_stops_when_its_client_leaves(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    async with serving(tmp_path) as server:
+        async with server.connect("/ws/fal-ai/lcm") as socket:
+            await socket.send(orjson.dumps({"prompt": hold.prompt, **SMALL}).decode())
+            await hold.entered()
+        await until(lambda: all(one.result.cancelled() for one in server.service.workers._pending.values()))
+        hold.release()
+        await until(lambda: not server.metric("lcm_rt_pending"))
+        assert not server.metric("lcm_rt_pictures_total", model="fake", priority="run")
+
+
+@pytest.mark.points(1)
 @pytest.mark.parametrize(
     "path, app",
     [
@@ -380,6 +612,7 @@ def test_the_app_in_a_path(path: str, app: str) -> None:
     assert app_of_path(path) == app
 
 
+@pytest.mark.points(8)
 @pytest.mark.parametrize(
     "value, size",
     [(None, 1), ("9" * 5000, 1), ("٣", 1), ("1", 1), ("60", 60), ("61", 1), ("0", 1), ("-1", 1), ("x", 1)],

@@ -317,6 +317,7 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "image": (5, True, [1, 2], {"a": 1}, 1.5, *NO_PICTURES),
     "mask_url": NO_URLS,
     "mask_bytes": (5, True, [1, 2], {"a": 1}, 1.5, *NO_PICTURES),
+    "mask_alpha": NO_SWITCHES,
 }
 """Values that are refused, each alone in an otherwise valid message."""
 
@@ -398,6 +399,7 @@ def check(answer: Painted | Refused, fields: Fields, image: Picture | None = Non
 def test_the_tables_have_every_field() -> None:
     aliases = {"enable_safety_checker"}
     inputs = {"image_url", "image_bytes", "image", "mask_url", "mask_bytes", "inpaint_mask_only", "controlnet_inpaint"}
+    inputs |= {"mask_alpha"}
     assert set(INVALID) == set(GenerateInput.model_fields) | aliases
     assert set(VALID) == set(GenerateInput.model_fields) - inputs | aliases
 

@@ -8,13 +8,15 @@ import logging
 import re
 import time
 from collections.abc import Awaitable
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from lcm_rt import wire
-from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Superseded
+from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Superseded, Unauthorized
+from lcm_rt.server.guard import principal_of_socket
 from lcm_rt.service import Ongoing, Service
 from lcm_rt.session import Message, Session
 from lcm_rt.types import GenerateInput, GenerateOutput, Preview
@@ -22,6 +24,9 @@ from lcm_rt.types import GenerateInput, GenerateOutput, Preview
 logger = logging.getLogger(__name__)
 
 Frame = bytes | str
+
+DRAIN_S = 4.0
+"""How long a stop waits for the pictures of open connections."""
 
 _BUFFERING = re.compile(r"[1-9]|[1-5][0-9]|60")  # what the platform's clients let through
 
@@ -39,53 +44,81 @@ def max_buffering_of(value: str | None) -> int:
     return int(value) if value and _BUFFERING.fullmatch(value) else 1
 
 
-class Realtime:
-    """Accepts realtime connections on any path.
+class Limits(NamedTuple):
+    """Of open connections.
 
     Args:
-        idle_timeout_s: a connection without messages is closed after this.
+        max_sessions: at a time.
+        idle_timeout_s: one without messages is closed after this.
         send_timeout_s: a client that takes longer to read one frame is cut.
     """
 
-    def __init__(self, service: Service, *, max_sessions: int, idle_timeout_s: float, send_timeout_s: float) -> None:
+    max_sessions: int
+    idle_timeout_s: float
+    send_timeout_s: float
+
+
+class Realtime:
+    """Accepts realtime connections on any path."""
+
+    def __init__(self, service: Service, limits: Limits) -> None:
         self._service = service
-        self._max_sessions = max_sessions
-        self._idle_timeout_s = idle_timeout_s
-        self._send_timeout_s = send_timeout_s
+        self._limits = limits
         self._numbers = itertools.count(1)
         self._open = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._draining = asyncio.Event()
 
     async def serve(self, websocket: WebSocket) -> None:
         """The endpoint. The handshake never fails: the platform's clients would retry it for ever."""
         await websocket.accept()
+        app = app_of_path(websocket.path_params["path"])
         try:
-            if self._open >= self._max_sessions:
-                raise Overloaded(f"{self._max_sessions} realtime connections are open already")
-            model = self._service.model_of_app(app_of_path(websocket.path_params["path"]))
+            if self._open >= self._limits.max_sessions or self._draining.is_set():
+                raise Overloaded(
+                    f"{self._limits.max_sessions} realtime connections are open already, or the server stops"
+                )
+            principal = await principal_of_socket(websocket, app)
+            model = self._service.model_of_app(app)
+        except Unauthorized:
+            await self._refuse(websocket, wire.encode_unauthorized())
+            return
         except LcmError as error:
-            await self._refuse(websocket, error)
+            await self._refuse(websocket, wire.encode_error(error))
             return
         connection = _Connection(
             websocket,
             self._service,
             name=f"session-{next(self._numbers)}",
+            owner=principal.owner,
             model=model,
             max_buffering=max_buffering_of(websocket.query_params.get("max_buffering")),
-            idle_timeout_s=self._idle_timeout_s,
-            send_timeout_s=self._send_timeout_s,
+            limits=self._limits,
+            draining=self._draining,
         )
         self._open += 1
+        self._empty.clear()
         self._service.metrics.sessions.set(self._open)
         try:
             await connection.run()
         finally:
             self._open -= 1
+            if not self._open:
+                self._empty.set()
             self._service.metrics.sessions.set(self._open)
 
-    async def _refuse(self, websocket: WebSocket, error: LcmError) -> None:
+    async def drain(self) -> None:
+        """Close every connection, normally and once its pictures under way are sent; new ones are refused."""
+        self._draining.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await self._empty.wait()
+
+    async def _refuse(self, websocket: WebSocket, frame: str) -> None:
         try:
-            async with asyncio.timeout(self._send_timeout_s):
-                await websocket.send_text(wire.encode_error(error))
+            async with asyncio.timeout(self._limits.send_timeout_s):
+                await websocket.send_text(frame)
                 await websocket.close(1000)
         except (WebSocketDisconnect, TimeoutError):
             pass  # it left before it could be told
@@ -100,22 +133,25 @@ class _Connection:
         service: Service,
         *,
         name: str,
+        owner: str,
         model: str,
         max_buffering: int,
-        idle_timeout_s: float,
-        send_timeout_s: float,
+        limits: Limits,
+        draining: asyncio.Event,
     ) -> None:
         self._websocket = websocket
         self._service = service
         self._name = name
+        self._owner = owner
         self._model = model
         self._session: Session[Frame] = Session(max_buffering)
-        self._idle_timeout_s = idle_timeout_s
-        self._send_timeout_s = send_timeout_s
+        self._limits = limits
+        self._draining = draining
         # Bounded by the session's window, one preview, and one notice for each wait for a model.
         self._outbox: asyncio.Queue[tuple[Frame, bool]] = asyncio.Queue()
         self._serving: dict[Message[Frame], asyncio.Task[None]] = {}
         self._ongoing: dict[Message[Frame], Ongoing] = {}
+        self._sent = asyncio.Event()
         self._counted = 0
         self._told_loading = False
 
@@ -127,6 +163,7 @@ class _Connection:
                 self._tasks = tasks
                 tasks.create_task(self._write())
                 tasks.create_task(self._read())
+                tasks.create_task(self._leave())
         except* (_Ended, WebSocketDisconnect) as group:
             reason = str(group.exceptions[0]) or "the client left"
         finally:
@@ -144,7 +181,7 @@ class _Connection:
         """Take every frame from the socket at once, so that only the newest waits."""
         while True:
             try:
-                async with asyncio.timeout(self._idle_timeout_s):
+                async with asyncio.timeout(self._limits.idle_timeout_s):
                     event = await self._websocket.receive()
             except TimeoutError:
                 if not self._session.idle:
@@ -157,7 +194,21 @@ class _Connection:
             self._receive(event["text"] if frame is None else frame)
             await asyncio.sleep(0)  # while a flood lies in the buffer, receiving it never yields to the others
 
+    async def _leave(self) -> None:
+        """When the server stops: finish what is under way, then say goodbye in a way that clients connect again."""
+        await self._draining.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S / 2):
+                while not self._session.idle:
+                    await self._sent.wait()
+                    self._sent.clear()
+        if self._websocket.application_state is WebSocketState.CONNECTED:
+            await self._send(self._websocket.close(1001, "the server stops"))
+        raise _Ended("the server stops")
+
     def _receive(self, frame: Frame) -> None:
+        if self._draining.is_set():
+            return
         self._service.metrics.messages.inc()
         for message in self._session.receive(frame):
             if message.parked:
@@ -215,6 +266,7 @@ class _Connection:
                 wanted,
                 app_model=self._model,
                 priority="realtime",
+                owner=self._owner,
                 session=self._name,
                 on_begun=lambda: self._session.begun(message),
                 on_preview=lambda preview: self._preview(message, wanted, preview),
@@ -264,11 +316,12 @@ class _Connection:
             )
             if is_reply:
                 self._session.sent()
+                self._sent.set()
                 self._advance()
 
     async def _send(self, sending: Awaitable[None]) -> None:
         try:
-            async with asyncio.timeout(self._send_timeout_s):
+            async with asyncio.timeout(self._limits.send_timeout_s):
                 await sending
         except TimeoutError:
             raise _Ended("the client does not read") from None

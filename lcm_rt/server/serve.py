@@ -6,9 +6,11 @@ import asyncio
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 
 import uvicorn
 from rich.console import Console
@@ -19,8 +21,9 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 import lcm_rt
 from lcm_rt import catalog, wire
+from lcm_rt.auth import Auth
 from lcm_rt.errors import LcmError
-from lcm_rt.server.app import create_app, create_service
+from lcm_rt.server.app import create_app, create_store
 from lcm_rt.settings import Settings
 from lcm_rt.workers import Workers
 
@@ -67,6 +70,11 @@ class Server(uvicorn.Server):
         for number in signals:
             loop.remove_signal_handler(number)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say goodbye to open connections first: uvicorn would close them with a code that looks like a failure."""
+        await self.config.app.state.realtime.drain()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
 
 class _Protocol(WebSocketsSansIOProtocol):
     """uvicorn's, which leaves a handshake that is malformed (a header over 8 kB, say) without an answer for ever."""
@@ -77,10 +85,11 @@ class _Protocol(WebSocketsSansIOProtocol):
             self.transport.abort()
 
 
-def uvicorn_config(app: Starlette) -> uvicorn.Config:
+def uvicorn_config(app: Starlette, tls: ssl.SSLContext | None = None) -> uvicorn.Config:
     """How uvicorn serves ``app``."""
     return uvicorn.Config(
         app,
+        ssl_context_factory=None if tls is None else lambda *_: tls,
         log_config=None,
         log_level="warning",  # at "info" it would log tokens, which are in the query
         access_log=False,
@@ -94,30 +103,55 @@ def uvicorn_config(app: Starlette) -> uvicorn.Config:
     )
 
 
+def load_tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """What it takes to speak TLS, if a certificate is given. Raises: OSError: the two files cannot be used."""
+    if cert is None:
+        if key is not None:
+            raise OSError(f"{key}: a key without its certificate")
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(cert, key)
+    except OSError as error:
+        why = f"not a certificate and its key ({error.reason})" if isinstance(error, ssl.SSLError) else error.strerror
+        raise OSError(f"{cert if key is None else f'{cert}, {key}'}: {why}") from error
+    return context
+
+
 async def serve(settings: Settings) -> int:
     """Serve until told to stop; the exit status. Raises: OSError, LcmError: it cannot even start."""
     console = Console(stderr=True)
     logging.basicConfig(
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
-    service = create_service(settings)
-    workers = service.workers
-    app = create_app(settings, service)
+    tls = load_tls(settings.tls_cert, settings.tls_key)
+    app = create_app(settings)
+    # Before uvicorn opens the store: what is wrong with it is told in a line, not in a traceback.
+    async with create_store(settings) as store:
+        keys = sum(key.revoked_at is None for key in await Auth(store, is_open=False).list_keys())
+    workers = app.state.service.workers
     end = listen(settings.host, settings.port)
-    server = Server(uvicorn_config(app))
+    server = Server(uvicorn_config(app, tls))
     host, port = end.getsockname()[:2]
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1", "::1") else host
     say = partial(console.print, soft_wrap=True, highlight=False)
-    say(f"[bold]lcm-rt {lcm_rt.__version__}[/]  http://{shown}:{port}/  (loading; the page is there already)")
+    address = f"{'http' if tls is None else 'https'}://{shown}:{port}"
+    say(f"[bold]lcm-rt {lcm_rt.__version__}[/]  {address}/  (loading; the page is there already)")
     for model in workers.models.values():
         licences = catalog.licences(model.spec).items()
         if abroad := [f"{repo} ({licence})" for repo, licence in licences if not repo.startswith("/")]:
             say(f"  {model.spec.name}: what is not here yet is downloaded: {', '.join(abroad)}")
+    if settings.is_open and not settings.is_loopback:
+        say("  [yellow]nobody is asked for a key[/], and other machines reach this address")
+    if not settings.is_open:
+        say(
+            f"  clients need a key; there {'is' if keys == 1 else 'are'} {keys or 'none yet'}: lcm-rt keys create OWNER"
+        )
     async with asyncio.TaskGroup() as tasks:
-        watching = tasks.create_task(_announce(workers, console, f"{shown}:{port}", server))
+        watching = tasks.create_task(_announce(workers, console, address, server))
         await server.serve(sockets=[end])
         watching.cancel()
-    return 1 if workers.failure else 0
+    return 1 if workers.failure or not server.started else 0
 
 
 async def _announce(workers: Workers, console: Console, address: str, server: Server) -> None:
@@ -145,7 +179,9 @@ async def _announce(workers: Workers, console: Console, address: str, server: Se
     say = partial(console.print, soft_wrap=True, highlight=False)
     loads = ", ".join(f"{name} in {m.load_seconds:.1f} s" for name, m in workers.models.items() if m.load_seconds)
     say(f"[bold green]ready[/] on {workers.device_name}: {loads}")
-    say(f"  page       http://{address}/")
-    say(f'  one shot   curl -s http://{address}/run/fal-ai/lcm -d \'{{"prompt": "sunset over a lake"}}\'')
-    say(f"  realtime   ws://{address}/fal-ai/lcm/realtime   (msgpack or JSON, as the fal clients speak it)")
+    say(f"  page       {address}/")
+    say(f'  one shot   curl -s {address}/run/fal-ai/lcm -d \'{{"prompt": "sunset over a lake"}}\'')
+    sockets = address.replace("http", "ws", 1)
+    say(f"  queue      {address}/queue/fal-ai/lcm   (uploads at /rest, tokens at /tokens; all of it: {address}/docs)")
+    say(f"  realtime   {sockets}/fal-ai/lcm/realtime   (msgpack or JSON, as the fal clients speak it)")
     say("  clients    docs/clients.md says how to point @fal-ai/client and fal-client here")

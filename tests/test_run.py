@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import os
-import time
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
+import pytest
 from fake_engine import colour
 from serving import SIDE, Server, model_folder, run, serving, until
-from test_realtime import Hold, picture, pixels
+from test_realtime import Hold, pixels
 
 SMALL = {"image_size": {"width": SIDE, "height": SIDE}, "format": "png", "num_inference_steps": 1}
 
@@ -20,6 +23,7 @@ def client(server: Server) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=server.http, verify=False, timeout=30)
 
 
+@pytest.mark.points(39)
 @run
 async def test_a_picture_by_url_and_inline(tmp_path: Path) -> None:
     async with serving(tmp_path) as server, client(server) as http:
@@ -48,6 +52,7 @@ async def test_several_pictures_have_consecutive_seeds(tmp_path: Path) -> None:
         assert [tuple(pixels(file)[0, 0]) for file in files] == [colour("x", seed) for seed in (9, 10, 11)]
 
 
+@pytest.mark.points(56)
 @run
 async def test_errors_are_typed_json(tmp_path: Path) -> None:
     async with serving(tmp_path) as server, client(server) as http:
@@ -74,6 +79,7 @@ async def test_errors_are_typed_json(tmp_path: Path) -> None:
         assert (await http.get("/files/AAAAAAAAAAAAAAAAAAAAAA.png")).json()["error_type"] == "not_found"
 
 
+@pytest.mark.points(65)
 @run
 async def test_health_tells_loading_from_ready_from_broken(tmp_path: Path) -> None:
     loading = tmp_path / "slow-load"
@@ -151,18 +157,116 @@ async def test_any_page_may_call(tmp_path: Path) -> None:
         assert (await http.get("/")).headers["content-type"].startswith("text/html")
 
 
-def test_expired_and_surplus_files_go(tmp_path: Path) -> None:
-    @run
-    async def walk() -> None:
-        async with serving(tmp_path, file_ttl_s=100, file_limit_mb=1) as server:
-            files = server.service.files
-            old = await files.put(picture(), "image/png")
-            kept = [await files.put(b"x" * 400_000, "image/jpeg") for _ in range(3)]
-            folder = tmp_path / "data" / "files"
-            now = time.time()
-            for age, name in enumerate([*kept, old]):
-                os.utime(folder / name, (now - age * 50, now - age * 50))
-            await asyncio.to_thread(files.sweep, now)
-            assert sorted(path.name for path in folder.iterdir()) == sorted(kept[:2])
+@pytest.mark.points(38)
+@run
+async def test_what_clients_read_is_exposed_to_pages(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, client(server) as http:
+        for path in ("/run/fal-ai/lcm", "/queue/fal-ai/lcm", "/rest/tokens/", "/api/fal/proxy", "/upload/x"):
+            for method in ("GET", "POST", "PUT"):
+                asked = await http.options(
+                    path,
+                    headers={
+                        "origin": "https://example.com",
+                        "access-control-request-method": method,
+                        "access-control-request-headers": "x-fal-target-url,x-fal-anything,authorization,content-type",
+                    },
+                )
+                assert asked.status_code == 200, path
+                assert "x-fal-anything" in asked.headers["access-control-allow-headers"]
+        answer = await http.post(
+            "/run/fal-ai/lcm", json={"prompt": "x", **SMALL}, headers={"origin": "https://a.example"}
+        )
+        exposed = answer.headers["access-control-expose-headers"]
+        assert {"x-fal-request-id", "x-fal-error-type", "x-fal-request-timeout-type"} <= set(exposed.split(", "))
 
-    walk()
+
+@pytest.mark.points(39, 40)
+@run
+async def test_the_input_may_be_in_the_query(tmp_path: Path) -> None:
+    query = {
+        "prompt": "lake",
+        "seed": "5",
+        "format": "png",
+        "num_inference_steps": "1",
+        "sync_mode": "true",
+        "image_size": '{"width": 64, "height": 64}',
+    }
+    async with serving(tmp_path) as server, client(server) as http:
+        for path in ("/run/fal-ai/lcm", "/fal-ai/lcm"):
+            answer = await http.get(path, params=query)
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["content-type"] == "application/json"
+            assert answer.headers["x-fal-request-id"]
+            data = base64.b64decode(answer.json()["images"][0]["url"].partition(",")[2])
+            assert tuple(pixels(data)[0, 0]) == colour("lake", 5)
+        hosted = await http.get("/fal-ai/lcm", params=query, headers={"host": "fal.run"})
+        assert hosted.status_code == 200
+        wrong = await http.get("/run/fal-ai/lcm", params={**query, "seed": "x", "image_size": "{"})
+        assert wrong.status_code == 422
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
+@pytest.mark.points(52, 54)
+@run
+async def test_a_stream_shows_what_comes_on_the_way(tmp_path: Path) -> None:
+    wish = {"prompt": "lake", "seed": 5, **SMALL, "num_inference_steps": 4}
+    async with serving(tmp_path) as server, client(server) as http:
+        for path in ("/run/fal-ai/lcm/stream", "/fal-ai/lcm/stream"):
+            answer = await http.post(path, json=wish, headers={"accept": "application/json, text/event-stream"})
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            assert answer.headers["x-fal-request-id"]
+            *previews, last = events_of(answer.text)
+            assert [preview["preview"] for preview in previews] == [True] * len(previews)
+            assert previews and len(previews) <= 3
+            assert last["seed"] == 5 and last["images"][0]["url"].startswith(f"{server.http}/files/")
+        plain = await http.post("/run/fal-ai/lcm", json=wish, headers={"accept": "text/event-stream"})
+        assert plain.json()["images"]
+        for body, status in ((b"{", 422), (b'{"prompt": "x", "strength": 7}', 422)):
+            wrong = await http.post("/run/fal-ai/lcm/stream", content=body)
+            assert (wrong.status_code, wrong.headers["content-type"]) == (status, "application/json")
+        (late,) = events_of((await http.post("/run/fal-ai/lcm/stream", json={**SMALL, "prompt": "raise"})).text)
+        assert (late["error"], late["error_type"]) == ("generation_failed", "generation_failed")
+
+
+@pytest.mark.points(50, 56)
+@run
+async def test_a_run_begins_in_the_time_that_its_client_gives(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    async with serving(tmp_path, max_rows=1) as server, client(server) as http:
+        first = asyncio.create_task(http.post("/run/fal-ai/lcm", json={"prompt": hold.prompt, **SMALL}))
+        await hold.entered()
+        late = await http.post(
+            "/run/fal-ai/lcm", json={"prompt": "lake", **SMALL}, headers={"x-fal-request-timeout": "0.05"}
+        )
+        assert (late.status_code, late.json()["error_type"]) == (504, "request_timeout")
+        assert late.headers["x-fal-request-timeout-type"] == "user"
+        assert late.headers["x-fal-error-type"] == "request_timeout"
+        assert late.headers["x-fal-request-id"]
+        hold.release()
+        assert (await first).status_code == 200
+        in_time = await http.post(
+            "/run/fal-ai/lcm", json={"prompt": "lake", **SMALL}, headers={"x-fal-request-timeout": "60"}
+        )
+        assert in_time.status_code == 200
+
+
+@pytest.mark.points(36)
+@run
+async def test_a_stream_through_the_proxy(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, client(server) as http:
+        hold = Hold(tmp_path)
+        headers = {"x-fal-target-url": "https://fal.run/fal-ai/lcm/stream"}
+        wish = {"prompt": hold.prompt, **SMALL, "num_inference_steps": 2}
+        async with http.stream("POST", "/api/fal/proxy", json=wish, headers=headers) as answer:
+            await hold.entered()
+            hold.release()
+            lines = answer.aiter_lines()
+            while not (line := await anext(lines)).startswith("data: "):
+                pass
+            assert json.loads(line[6:])["preview"]  # while the last step is still held
+            await hold.entered()
+            hold.release()
+            assert [line async for line in lines]
