@@ -29,8 +29,10 @@ help:
 	$(PIP) --editable '.[engine,dev]'
 	@touch $@
 
-.venv/node: tests/browser/package-lock.json tests/fal/package-lock.json | .venv/bin/python
+# What tests need beside Python: a browser, Node and its packages, PostgreSQL.
+.venv/system: .ci/install-browser .ci/install-postgres tests/browser/package-lock.json tests/fal/package-lock.json | .venv/bin/python
 	.ci/install-browser
+	.ci/install-postgres
 	cd tests/browser && npm ci --no-audit --no-fund --loglevel=error
 	cd tests/fal && npm ci --no-audit --no-fund --loglevel=error
 	@touch $@
@@ -40,7 +42,7 @@ setup: .venv/engine
 run: .venv/engine
 	exec $(BIN)/lcm-rt serve --host $(HOST) --port $(PORT) $(ARGS)
 
-test: .venv/dev .venv/node
+test: .venv/dev .venv/system
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/dev

@@ -4,6 +4,7 @@ import { Connection } from "./connection.js";
 import { Drawer, download } from "./drawer.js";
 import { Example } from "./example.js";
 import { bindKeys } from "./keys.js";
+import { setKey, tokenQuery } from "./key.js";
 import { Lora } from "./lora.js";
 import { Menu } from "./menu.js";
 import { Meter } from "./meter.js";
@@ -152,6 +153,7 @@ function drawStatus() {
     if (progress !== undefined) $("#notice progress").value = progress;
     help = field ? ["Show the setting", () => panel.show(field)] : null;
     if (model().state === "failed") help = ["Try again", () => models.load(model().name)];
+    $("#key").hidden = connection.state !== "refused";
     $("#notice button").hidden = !help;
     $("#notice button").textContent = help?.[0] ?? "";
     if ((meter.moving || connection.pending) && !document.hidden) drawStatus();
@@ -294,7 +296,8 @@ const models = new Models(() => {
 });
 models.choose(state.model);
 const scheme = location.protocol === "https:" ? "wss" : "ws";
-const connection = new Connection(`${scheme}://${location.host}/fal-ai/lcm/realtime?max_buffering=1`, {
+const address = `${scheme}://${location.host}/fal-ai/lcm/realtime?max_buffering=1`;
+const connection = new Connection(async () => address + (await tokenQuery()), {
   state: drawStatus,
   open() {
     models.watch();
@@ -356,6 +359,12 @@ $("#reuse").addEventListener("click", reuse);
 $("#save").addEventListener("click", savePicture);
 $("#code").addEventListener("click", () => drawer.open());
 $("#notice button").addEventListener("click", () => help?.[1]());
+$("#key").addEventListener("submit", (event) => {
+  event.preventDefault();
+  setKey($("#key input").value);
+  $("#key input").value = "";
+  connection.open();
+});
 $("#flagged button").addEventListener("click", () => set({ safety: false }));
 
 bindKeys({

@@ -11,6 +11,7 @@ export class Connection {
   #url;
   #on;
   #socket = null;
+  #opening = false;
   #retries = 0;
   #timer = 0;
   #watchdog = 0;
@@ -21,7 +22,7 @@ export class Connection {
   #loading = false; // the server said that its model is on its way in, and has not answered since
 
   /**
-   * `on` holds the callbacks: `state()`, `open()`, `preview(preview, number)`,
+   * `url` gives a promise of the address, asked for each time that the socket is opened. `on` holds the callbacks: `state()`, `open()`, `preview(preview, number)`,
    * `answer(answer, { number, note, latency, depth })` and `error({ code, reason, detail }, note)`. A note is whatever
    * `send` was given with the message; `latency` is in ms, or null when the message had to wait for the model; `depth` is
    * how many were in flight with the message; `detail` lists the fields in question as [{ loc, msg }].
@@ -54,11 +55,21 @@ export class Connection {
     return oldest ? performance.now() - oldest.sent : 0;
   }
 
-  open() {
-    if (this.#socket) return;
+  async open() {
+    if (this.#socket || this.#opening) return;
     clearTimeout(this.#timer);
     this.#become("connecting");
-    const socket = new WebSocket(this.#url);
+    this.#opening = true;
+    let url;
+    try {
+      url = await this.#url();
+    } catch {
+      this.#wait(); // the server is away
+      return;
+    } finally {
+      this.#opening = false;
+    }
+    const socket = new WebSocket(url);
     this.#socket = socket;
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
@@ -130,6 +141,10 @@ export class Connection {
       this.#become("resting");
       return;
     }
+    this.#wait();
+  }
+
+  #wait() {
     const longest = Math.min(LAST_RETRY, FIRST_RETRY * 2 ** this.#retries);
     const wait = longest * (0.5 + Math.random() / 2);
     this.#retries += 1;

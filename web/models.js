@@ -1,5 +1,7 @@
 // What the server says of its models, as it happens: which there are, how far each is, and which one paints here.
 
+import { keyHeaders } from "./key.js";
+
 export class Models {
   #onchange;
   #source = null;
@@ -40,7 +42,7 @@ export class Models {
 
   /** Have a model loaded. One that failed tells its failure to the first who asks, and is tried again for the next. */
   async load(name) {
-    const ask = () => fetch(`/models/${encodeURIComponent(name)}/load`, { method: "POST" });
+    const ask = () => fetch(`/models/${encodeURIComponent(name)}/load`, { method: "POST", headers: keyHeaders() });
     try {
       if (!(await ask()).ok) await ask();
     } catch {

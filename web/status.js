@@ -1,5 +1,6 @@
 // The status, in plain words: a pill that is always there, and a notice over the result when there is trouble.
 
+import { hasKey } from "./key.js";
 import { words as stateOf } from "./models.js";
 
 const TROUBLE = {
@@ -34,7 +35,7 @@ export function wrongs({ detail }) {
 /** { tone, pill, notice, progress } for the present state of things. */
 export function describe({ connection, model, trouble, meter, showing }) {
   if (connection.state === "refused") {
-    return { tone: "bad", pill: "not allowed", notice: "This server asks for a key, and this page has none to show." };
+    return { tone: "bad", pill: "not allowed", notice: hasKey() ? "The server does not know this key." : "This server asks for a key: lcm-rt keys create NAME makes one." };
   }
   if (connection.state === "waiting" || (connection.state === "connecting" && connection.retries > 0)) {
     const notice = connection.retries > 2 ? "The server does not answer. Trying again; your drawing is safe." : "";
