@@ -19,8 +19,8 @@ from checkpoints import write_checkpoint, write_controlnet, write_safety_checker
 from loras import write_lora
 from PIL import Image, ImageDraw
 from serving import REAL_ENGINE, Server, hear, run, say, serving_aside, until
-from test_run import client
 from test_realtime import pixels
+from test_run import client
 from websockets.asyncio.client import ClientConnection
 
 from lcm_rt.catalog import CATALOG
