@@ -291,6 +291,16 @@ class Auth:
             raise
         return principal
 
+    async def holds(self, principal: Principal) -> bool:
+        """Whether the key that ``principal`` came with is still valid. Raises: Unavailable."""
+        if principal.key is None:
+            return True
+        try:
+            self._check(await self._row(principal.key))
+        except Unauthorized:
+            return False
+        return True
+
     async def _row(self, id: str | None) -> Any:
         return await self._store.do(lambda connection: connection.execute(select(keys).where(keys.c.id == id)).first())
 

@@ -139,6 +139,8 @@ class ModelLoading(Unavailable):
 
 class EngineLost(Unavailable):
     code = "engine_lost"
+    alone = False
+    """It was the only request at the engine."""
 
 
 class OutOfMemory(LcmError):

@@ -2,26 +2,29 @@
 
 A file is a row of the store, which says whose it is and until when, and an object, which has its bytes. The row comes
 last and goes first: whatever is read is whole, and a crash leaves at worst an object without a row, to be swept later.
-Names cannot be guessed, so that a file's name is the right to read it, unless its owner said otherwise.
+Names cannot be guessed, so that a file's name is the right to read it, unless its owner said otherwise. Objects' names
+begin with the installation's own, as others may share the storage.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import re
 import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
 from lcm_rt.auth import LOCAL
 from lcm_rt.egress import MAX_URL, Egress
@@ -33,11 +36,13 @@ from lcm_rt.errors import (
     InputError,
     LcmError,
     NotFound,
+    Overloaded,
     TooLarge,
 )
 from lcm_rt.metrics import Metrics
 from lcm_rt.objects import Objects, Written
 from lcm_rt.store import Store, files, parts
+from lcm_rt.store import secrets as secret_rows
 from lcm_rt.wire import decode_json, read_data_uri
 
 logger = logging.getLogger(__name__)
@@ -45,13 +50,20 @@ logger = logging.getLogger(__name__)
 SWEEP_S = 30.0
 LIST_S = 3600.0
 """How often the storage is searched for bytes that no row knows."""
-UNFINISHED_S = 86400.0
-"""How long an upload may take, from its last part on; and how old bytes without a row become."""
+UNFINISHED_S = 3600.0
+"""How long an upload may take, from the begin of its last part on."""
+STRAY_S = 86400.0
+"""How old bytes without a row become; longer than any upload takes to get its row."""
+MOST_UNFINISHED = 1024
+"""Uploads of one owner that are not complete yet."""
+MOST_ROWS = 30_000
+"""Uploads and parts of one owner: all of them are summed up at each change, while the store does nothing else."""
 LONGEST_S = 365 * 86400.0
 """The longest that a file is kept, whatever its owner wishes."""
 MAX_FETCH_BYTES = 12 * 2**20
 FETCH_S = 10.0
 MAX_PARTS = 10_000
+_PAUSE_S = 1.0  # between two sweeps at least
 
 _SUFFIXES = {"image/jpeg": ".jpg", "image/png": ".png", "image/webp": ".webp", "image/gif": ".gif"}
 _LEAST = 4096  # bytes that any upload or part counts for: their number is bounded too
@@ -203,7 +215,33 @@ class Files:
         self._egress = egress or Egress()
         self._clock = clock
         self._arriving: Counter[str] = Counter()  # bytes of each owner that no row counts yet
+        self._joins: dict[str, asyncio.Task[None]] = {}  # by the secrets of their uploads
+        self._reading: Counter[str] = Counter()  # by object, how many read it now
+        self._leaving: set[str] = set()  # objects without a row that somebody still reads
+        self._kept = 0  # bytes of answered pictures, as far as this server knows
+        self._is_full = asyncio.Event()
+        self._installation = ""
         self._listed_at = -LIST_S
+
+    async def _place(self, name: str) -> str:
+        """The object for a file or part of that name."""
+        return f"{self._installation or await self._name_installation()}-{name}"
+
+    async def _name_installation(self) -> str:
+        now = self._clock()
+
+        def work(connection: Connection) -> bytes:
+            found = select(secret_rows.c.value).where(secret_rows.c.kind == "storage", secret_rows.c.id == "prefix")
+            if (value := connection.scalar(found)) is None:
+                value = secrets.token_hex(8).encode()
+                row = {"kind": "storage", "id": "prefix", "value": value, "created_at": now}
+                with suppress(IntegrityError), connection.begin_nested():  # another server was faster
+                    connection.execute(insert(secret_rows).values(row))
+                value = connection.execute(found).scalar_one()
+            return bytes(value)
+
+        self._installation = (await self._store.do(work)).decode()
+        return self._installation
 
     # ---- answered pictures ----------------------------------------------------------------------------------------
 
@@ -224,12 +262,13 @@ class Files:
         Raises: Unavailable: it cannot be stored.
         """
         name = _token() + _SUFFIXES.get(content_type, "")
-        await self._objects.put(name, data)
+        place = await self._place(name)
+        await self._objects.put(place, data)
         now = self._clock()
         row = {
             "name": name,
             "owner": owner,
-            "place": name,
+            "place": place,
             "content_type": content_type,
             "size": len(data),
             "access": _packed(access or Access()),
@@ -237,6 +276,9 @@ class Files:
             "expires_at": now + min(self._ttl_s if ttl_s is None else ttl_s, LONGEST_S),
         }
         self._store.post(lambda connection: connection.execute(insert(files).values(row)))
+        self._kept += len(data)
+        if self._kept > self._limit_bytes:
+            self._is_full.set()
         return name
 
     # ---- reading --------------------------------------------------------------------------------------------------
@@ -261,9 +303,24 @@ class Files:
         wanted = select(files).where(files.c.name == name, files.c.size.is_not(None), files.c.expires_at > now)
         return await self._store.do(lambda connection: connection.execute(wanted).first())
 
-    def stream(self, file: File, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
-        """Its bytes from ``start`` to before ``end``, block by block. Raises: NotFound: they are gone; Unavailable."""
-        return self._objects.stream(file.place, start, file.size if end is None else end)
+    async def stream(self, file: File, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
+        """Its bytes from ``start`` to before ``end``, block by block; once begun, also if it expires meanwhile.
+
+        Raises: NotFound: they are gone; Unavailable.
+        """
+        place = file.place
+        self._reading[place] += 1
+        try:
+            async with aclosing(self._objects.stream(place, start, file.size if end is None else end)) as blocks:
+                async for block in blocks:
+                    yield block
+        finally:
+            self._reading[place] -= 1
+            if not self._reading[place]:
+                del self._reading[place]
+                if place in self._leaving:
+                    self._leaving.discard(place)
+                    await self._objects.remove([place])
 
     async def own(self, url: str, *, owner: str = LOCAL) -> File | None:
         """The file of ours that ``url`` means, or None: gone, not for ``owner``, or not ours.
@@ -314,12 +371,15 @@ class Files:
     async def begin(
         self, content_type: Any, title: Any, *, owner: str = LOCAL, lifecycle: Lifecycle | None = None
     ) -> Upload:
-        """A place for an upload, to be filled by ``write``, or by ``write_part`` and ``complete``, within a day.
+        """A place for an upload, to be filled by ``write``, or by ``write_part`` and ``complete``.
+
+        ``UNFINISHED_S`` seconds are left for each step.
 
         Args:
             content_type, title: as the client says, whatever that is; ``title`` is its own name for the file.
 
-        Raises: TooLarge: the owner's uploads take all that they may; Unavailable.
+        Raises: TooLarge: the owner's uploads take all that they may; Overloaded: ``MOST_UNFINISHED`` of them are not
+            complete; Unavailable.
         """
         wish = lifecycle or Lifecycle()
         kind = content_type if isinstance(content_type, str) and _CONTENT_TYPE.fullmatch(content_type) else None
@@ -338,7 +398,11 @@ class Files:
             "expires_at": now + UNFINISHED_S,
         }
 
+        unfinished = select(func.count()).select_from(files).where(*_uploads(owner), files.c.size.is_(None))
+
         def work(connection: Connection) -> None:
+            if int(connection.scalar(unfinished) or 0) >= MOST_UNFINISHED:
+                raise Overloaded(f"{MOST_UNFINISHED} of your uploads are not complete; try again when some are")
             connection.execute(insert(files).values(row))
             self._check_quota(_used(connection, owner))
 
@@ -358,10 +422,10 @@ class Files:
         """
 
         def look(connection: Connection) -> tuple[str, int]:
-            row = self._unfinished(connection, upload)
+            row = self._going_on(connection, upload)
             return row.owner, _used(connection, row.owner)
 
-        place = _token()
+        place = await self._place(_token())
         owner, used = await self._do(upload, look)
         written = await self._take(owner, place, body, length, self._upload_limit_bytes, used)
 
@@ -387,21 +451,19 @@ class Files:
             return int(connection.scalar(sizes) or 0)
 
         def look(connection: Connection) -> tuple[str, int, int]:
-            row = self._unfinished(connection, upload)
+            row = self._going_on(connection, upload)
             return row.owner, _used(connection, row.owner), others(connection)
 
-        place = _token()
+        place = await self._place(_token())
         owner, used, before = await self._do(upload, look)
         written = await self._take(owner, place, body, length, self._upload_limit_bytes - before, used)
 
         def keep(connection: Connection) -> list[str]:
-            row = self._unfinished(connection, upload)
+            self._going_on(connection, upload)
             is_this = parts.c.upload == upload.secret, parts.c.number == number
             replaced = connection.scalars(delete(parts).where(*is_this).returning(parts.c.place)).all()
             part = {"place": place, "md5": written.md5, "size": written.size}
             connection.execute(insert(parts).values(upload=upload.secret, number=number, **part))
-            until = self._clock() + UNFINISHED_S
-            connection.execute(update(files).where(files.c.name == row.name).values(expires_at=until))
             if others(connection) + written.size > self._upload_limit_bytes:
                 raise self._too_large()
             self._check_quota(_used(connection, owner))
@@ -421,30 +483,53 @@ class Files:
             as ``write``.
         """
 
-        def look(connection: Connection) -> list[Any] | None:
-            if self._upload(connection, upload).size is not None:
+        def look(connection: Connection) -> tuple[Any, list[Any], int] | None:
+            row = self._upload(connection, upload)
+            if row.size is not None:
                 return None
-            wanted = select(parts).where(parts.c.upload == upload.secret)
-            return list(connection.execute(wanted).all())
+            self._going_on(connection, upload)
+            here = list(connection.execute(select(parts).where(parts.c.upload == upload.secret)).all())
+            return row, here, _used(connection, row.owner)
 
-        here = await self._do(upload, look)
-        if here is None:
+        found = await self._do(upload, look)
+        if found is None:
             return
+        row, here, used = found
         chosen = _chosen(here, listed)
-        if sum(part.size for part in chosen) > self._upload_limit_bytes:
+        size = sum(part.size for part in chosen)
+        if size > self._upload_limit_bytes:
             raise self._too_large()
-        place = _token()
-        try:
-            written = await self._objects.write(place, self._joined(chosen))
-        except NotFound:
-            if await self._do(upload, look) is None:  # another who completes it was quicker
-                return
-            raise BadRequest("its parts were changed while they were joined") from None
+        if upload.secret not in self._joins:
+            self._check_quota(used + self._arriving[row.owner])
+            # Beside its parts it counts only for what comes later: who has room for one of them can have it joined.
+            self._arriving[row.owner] += size
+            join = self._joins[upload.secret] = asyncio.create_task(self._join(upload, chosen))
+            join.add_done_callback(lambda done: self._on_joined(upload, row.owner, size, done))
+        await asyncio.shield(self._joins[upload.secret])
+
+    def _on_joined(self, upload: Upload, owner: str, size: int, join: asyncio.Task[None]) -> None:
+        del self._joins[upload.secret]
+        self._arrived(owner, size)
+        if not join.cancelled():
+            join.exception()  # known to whoever waits, and there may be nobody left
+
+    async def _join(self, upload: Upload, chosen: list[Any]) -> None:
+        """Make one file of its parts, for all who complete the upload."""
+
+        def look(connection: Connection) -> bool:
+            return self._upload(connection, upload).size is not None
 
         def finish(connection: Connection) -> list[str]:
             row = self._upload(connection, upload)
             return self._finish(connection, row, place, written) if row.size is None else [place]
 
+        place = await self._place(_token())
+        try:
+            written = await self._objects.write(place, self._joined(chosen))
+        except NotFound:
+            if await self._do(upload, look):  # another server was quicker
+                return
+            raise BadRequest("its parts were changed while they were joined") from None
         await self._objects.remove(await self._settle(place, finish))
 
     async def _joined(self, chosen: list[Any]) -> AsyncIterator[bytes]:
@@ -478,8 +563,11 @@ class Files:
             if length is not None and total != length:
                 raise BadRequest(f"the body has {total} bytes, not {length} as it said")
         finally:
-            self._arriving[owner] -= total
-            self._arriving += Counter()  # without those that are at nought
+            self._arrived(owner, total)
+
+    def _arrived(self, owner: str, size: int) -> None:
+        self._arriving[owner] -= size
+        self._arriving += Counter()  # without those that are at nought
 
     async def _do(self, upload: Upload, work: Callable[[Connection], T]) -> T:
         if not _NAME.fullmatch(upload.name) or not _TOKEN.fullmatch(upload.secret):
@@ -507,6 +595,13 @@ class Files:
             raise BadRequest(_COMPLETE)
         return row
 
+    def _going_on(self, connection: Connection, upload: Upload) -> Any:
+        """As ``_unfinished``; it is kept for a while from now on."""
+        row = self._unfinished(connection, upload)
+        until = self._clock() + UNFINISHED_S
+        connection.execute(update(files).where(files.c.name == row.name).values(expires_at=until))
+        return row
+
     def _finish(self, connection: Connection, row: Any, place: str, written: Written) -> list[str]:
         """Let ``row`` be read from now on; the objects that nobody needs any more."""
         until = self._clock() + row.ttl_s
@@ -526,16 +621,19 @@ class Files:
     # ---- sweeping -------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Remove what has expired until cancelled."""
+        """Remove what has expired, and what is too much as soon as it is, until cancelled."""
         while True:
+            self._is_full.clear()
             try:
                 await self.sweep()
             except LcmError:
                 logger.exception("expired files could not be removed")
-            await asyncio.sleep(SWEEP_S)
+            await asyncio.sleep(_PAUSE_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._is_full.wait(), SWEEP_S)
 
     async def sweep(self) -> None:
-        """Remove what has expired, the oldest answered pictures beyond their limit, and bytes that no row knows.
+        """Remove what has expired, answered pictures beyond their limit, and bytes of ours that no row knows.
 
         Raises: Unavailable.
         """
@@ -547,7 +645,7 @@ class Files:
             pass
         if now - self._listed_at >= LIST_S:
             self._listed_at = now
-            await self._remove_strays(now - UNFINISHED_S)
+            await self._remove_strays(now - STRAY_S)
 
     async def _sweep_rows(self, names: Callable[[Connection], Iterable[str]]) -> bool:
         def work(connection: Connection) -> list[tuple[str | None, str | None]]:
@@ -558,32 +656,47 @@ class Files:
             return rows + [(place, None) for place in connection.scalars(lost)]
 
         rows = await self._store.do(work)
-        await self._objects.remove(place for place, _ in rows if place)
+        places = {place for place, _ in rows if place}
+        self._leaving |= places & self._reading.keys()
+        await self._objects.remove(places - self._leaving)
         return bool(rows)
 
     def _beyond(self, connection: Connection) -> list[str]:
-        """The oldest answered pictures, some hundreds at most, without which the others are within the limit."""
+        """Answered pictures, some hundreds at most, without which the others are within the limit: always the oldest
+        of the owner who has most."""
         answered = files.c.upload.is_(None)
-        total = int(connection.scalar(select(func.sum(files.c.size)).where(answered)) or 0)
+        sums = select(files.c.owner, func.sum(files.c.size)).where(answered).group_by(files.c.owner)
+        heap = [(-int(size), owner) for owner, size in connection.execute(sums)]
+        heapq.heapify(heap)
+        total = -sum(size for size, _ in heap)
         self._metrics.file_bytes.set(total)
+        self._kept = total
+        oldest: dict[str, list[Any]] = {}  # of an owner, the oldest at the end
         names: list[str] = []
-        if total <= self._limit_bytes:
-            return names
-        oldest = select(files.c.name, files.c.size).where(answered).order_by(files.c.created_at).limit(_AT_ONCE)
-        for name, size in connection.execute(oldest):
-            if total <= self._limit_bytes:
-                break
-            names.append(name)
-            total -= size
+        while total > self._limit_bytes and len(names) < _AT_ONCE:
+            size, owner = heap[0]
+            if owner not in oldest:
+                wanted = select(files.c.name, files.c.size).where(answered, files.c.owner == owner)
+                found = connection.execute(wanted.order_by(files.c.created_at).limit(_AT_ONCE)).all()
+                oldest[owner] = list(reversed(found))
+            victim = oldest[owner].pop()
+            names.append(victim.name)
+            total -= victim.size
+            heapq.heapreplace(heap, (size + victim.size, owner))
         return names
 
     async def _remove_strays(self, before: float) -> None:
         """Remove what looks like ours, has no row, and was written ``before`` (seconds since the epoch)."""
-        found = [name for name in await self._objects.names() if _NAME.fullmatch(name)]
+        start_of_ours = await self._place("")
+        found = [
+            name
+            for name in await self._objects.names()
+            if name.startswith(start_of_ours) and _NAME.fullmatch(name.removeprefix(start_of_ours))
+        ]
         for start in range(0, len(found), _AT_ONCE):
             some = found[start : start + _AT_ONCE]
             known = await self._store.do(partial(_known, places=some))
-            for name in set(some) - known:
+            for name in set(some) - known - self._leaving:
                 modified_at = await self._objects.modified_at(name)
                 if modified_at is not None and modified_at < before:
                     await self._objects.remove([name])
@@ -619,18 +732,23 @@ def _decide(row: Any, reader: str | None) -> str:
     return str(row.access["rules"].get(reader, row.access["default"]))
 
 
+def _uploads(owner: str) -> tuple[ColumnElement[bool], ...]:
+    return files.c.owner == owner, files.c.upload.is_not(None)
+
+
 def _used(connection: Connection, owner: str) -> int:
-    """Bytes that the uploads of ``owner`` take, finished or not."""
-
-    def total(size: ColumnElement[Any], rows: Select[Any]) -> int:
-        bytes_, count = connection.execute(rows.with_only_columns(func.sum(size), func.count())).one()
-        return int(bytes_ or 0) + _LEAST * int(count)
-
-    of_owner = files.c.owner == owner, files.c.upload.is_not(None)
-    joined = parts.join(files, parts.c.upload == files.c.upload)
-    return total(files.c.size, select(files).where(*of_owner)) + total(
-        parts.c.size, select(parts).select_from(joined).where(*of_owner)
-    )
+    """Bytes that the uploads of ``owner`` take, finished or not. Raises: TooLarge: there are too many."""
+    finished = select(func.sum(files.c.size), func.count()).where(*_uploads(owner))
+    of_unfinished = parts.join(files, parts.c.upload == files.c.upload)
+    half = select(func.sum(parts.c.size), func.count()).select_from(of_unfinished)
+    bytes_ = count = 0
+    for rows in (finished, half.where(*_uploads(owner), files.c.size.is_(None))):
+        size, number = connection.execute(rows).one()
+        bytes_ += int(size or 0)
+        count += int(number)
+    if count > MOST_ROWS:
+        raise TooLarge(f"your uploads are more than {MOST_ROWS:,} files and parts; try again when some expire")
+    return bytes_ + _LEAST * count
 
 
 def _known(connection: Connection, places: list[str]) -> set[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
@@ -49,7 +49,7 @@ class Job:
     state: Literal["queued", "running", "done"]
     low: bool
     retries: bool
-    file_ttl_s: float | None
+    lifecycle: str | None
     created_at: float
     start_before: float | None
     begun_at: float | None
@@ -153,7 +153,7 @@ class Jobs:
         start_within_s: float | None = None,
         retries: bool = True,
         webhook: str | None = None,
-        file_ttl_s: float | None = None,
+        lifecycle: str | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
         """A new job, committed; or the one that the owner gave the same key to within a day, whatever it has come to.
@@ -171,7 +171,8 @@ class Jobs:
                 same = and_(jobs.c.owner == owner, jobs.c.idempotency_key == idempotency_key)
                 if found := self._find(connection, and_(same, jobs.c.created_at > now - SAME_JOB_S)):
                     return found
-                connection.execute(update(jobs).where(same).values(idempotency_key=None))
+                late = jobs.c.created_at <= now - SAME_JOB_S  # looked at again: another server may have been faster
+                connection.execute(update(jobs).where(same, late).values(idempotency_key=None))
             self._require_room(connection, owner, len(input))
             row = {
                 "id": str(uuid.uuid4()),
@@ -184,7 +185,7 @@ class Jobs:
                 "idempotency_key": idempotency_key,
                 "webhook": webhook,
                 "retries": retries,
-                "file_ttl_s": file_ttl_s,
+                "lifecycle": lifecycle,
                 "created_at": now,
                 "start_before": None if start_within_s is None else now + start_within_s,
                 "epoch": 0,
@@ -264,12 +265,15 @@ class Jobs:
         held = 0 if job.state == "running" else connection.scalar(count.where(claimed))
         return int(held or 0) + int(connection.scalar(count.where(which)) or 0)
 
-    async def claim(self, server: str, *, lease_s: float, busy: bool = False) -> Job | None:
+    async def claim(
+        self, server: str, *, lease_s: float, busy: bool = False, crowded: Collection[str] = ()
+    ) -> Job | None:
         """Take the next job to run, with its input: normal before low, oldest first. None if there is none.
 
         Args:
             busy: the server runs other jobs. One that an engine process died under may not run beside them, so that
                 a second death tells who is the cause; while it is next, nobody is.
+            crowded: owners whose jobs have to wait, because they have many places already.
         """
 
         def work(connection: Connection) -> Job | None:
@@ -277,6 +281,7 @@ class Jobs:
             row = connection.execute(
                 select(*_COLUMNS, jobs.c.input)
                 .where(jobs.c.state == "queued", or_(jobs.c.start_before.is_(None), jobs.c.start_before > now))
+                .where(jobs.c.owner.not_in(crowded))
                 .order_by(jobs.c.low, jobs.c.number)
                 .limit(1)
                 .with_for_update(skip_locked=True)

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,9 @@ GRACE_S = 300.0
 """How long after its last use no file is removed: an engine may still be about to read it."""
 
 _FETCH_S = 120.0
-_MAX_FETCHES = 8
+_MAX_FETCHES = 8  # from other hosts
+_MAX_FETCHES_PER_OWNER = 2
+_MAX_COPIES = 4  # of what is here already
 _MAX_KNOWN = 1000
 _MAX_HEADER = 4 * 2**20
 _MAX_MARKS = 200_000  # each may become an object of a hundred bytes; training notes have some thousands
@@ -56,11 +59,22 @@ class _Known:
     used_at: float
 
 
+@dataclass(slots=True)
+class _Flight:
+    """A LoRA on its way in."""
+
+    task: asyncio.Task[Path]
+    owner: str | None
+    """Who asked first, where another host is asked; None: it is here already."""
+    waiting: int
+    """Those who would miss it."""
+
+
 class Loras:
     """A folder of LoRA files, made when missing. Building one looks at it, which blocks.
 
     Args:
-        limit_bytes: how much all may take, beside at most eight that are on their way in; those unused for longest
+        limit_bytes: how much all may take, beside some that are on their way in; those unused for longest
             go first. hub: where ``hf:`` URLs lead; None forbids them.
     """
 
@@ -71,7 +85,8 @@ class Loras:
         self._limit_bytes = limit_bytes
         self._hub = hub
         self._known: dict[str, _Known] = {}  # the last used at the end
-        self._flights: dict[str, asyncio.Task[Path]] = {}
+        self._flights: dict[str, _Flight] = {}
+        self._copies = asyncio.Semaphore(_MAX_COPIES)
         # One thread does all that changes the folder, so that no file is removed while it is found in use.
         self._keeper = ThreadPoolExecutor(1, "loras")
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +106,7 @@ class Loras:
         Raises:
             DownloadError: it cannot be had, is larger than 2 GiB, or is no safetensors file of float tensors.
             InputError: ``url`` is none of these.
-            Overloaded: many are on their way in already, or the folder is full of those in use.
+            Overloaded: many are on their way in already, or two for ``owner``, or the folder is full of those in use.
             Unavailable: it cannot be stored.
         """
         url, key = await self._resolve(field, url, owner)
@@ -102,15 +117,21 @@ class Loras:
             if not stale or now - known.used_at < TTL_S:
                 known.used_at = now
                 self._known[key] = self._known.pop(key, known)
-                if stale and (key in self._flights or len(self._flights) < _MAX_FETCHES):
-                    self._fly(field, url, key, owner)
+                if stale and key not in self._flights:
+                    with suppress(Overloaded):  # then it is fetched later
+                        (await self._fly(field, url, key, owner)).waiting += 1  # whoever comes next
                 return known.path
-        if key not in self._flights and len(self._flights) >= _MAX_FETCHES:
-            raise Overloaded("many LoRAs are being fetched now; try again soon")
+        flight = await self._fly(field, url, key, owner)
+        flight.waiting += 1
         try:
-            return await asyncio.shield(self._fly(field, url, key, owner))
+            return await asyncio.shield(flight.task)
         except DownloadError as error:  # it may name the field of someone else, who asked first
             raise DownloadError(field, error.message) from None
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                del self._flights[key]  # before it has ended: whoever comes now needs another
+                flight.task.cancel()
 
     async def _resolve(self, field: str, url: str, owner: str) -> tuple[str, str]:
         """``url`` in the form that is fetched, and what it is known by. Raises: InputError."""
@@ -132,53 +153,71 @@ class Loras:
             )
         return url, url
 
-    def _fly(self, field: str, url: str, key: str, owner: str) -> asyncio.Task[Path]:
-        """The task that fetches ``url``, one for all who ask; it lives on when they leave."""
-        if key not in self._flights:
-            flight = self._flights[key] = asyncio.create_task(self._fetch(field, url, owner))
-            flight.add_done_callback(lambda done: self._landed(key, done))
-        return self._flights[key]
+    async def _fly(self, field: str, url: str, key: str, owner: str) -> _Flight:
+        """The flight that brings ``url``, one for all who ask, until the last of them leaves. Raises: Overloaded."""
+        if key in self._flights:
+            return self._flights[key]
+        file = await self._files.own(url, owner=owner) if name_in(url) else None
+        if key in self._flights:
+            return self._flights[key]
+        remote = not file and not _is_data(url) and not url.startswith("/")
+        if remote:
+            asked = [flight.owner for flight in self._flights.values() if flight.owner is not None]
+            # Who runs an open server shares it with nobody.
+            if len(asked) >= _MAX_FETCHES or (owner != LOCAL and asked.count(owner) >= _MAX_FETCHES_PER_OWNER):
+                raise Overloaded("many LoRAs are being fetched now; try again soon")
+        task = asyncio.create_task(self._fetch(field, url, file, remote=remote))
+        flight = self._flights[key] = _Flight(task, owner if remote else None, 0)
+        task.add_done_callback(lambda _: self._landed(key, flight))
+        return flight
 
-    def _landed(self, key: str, flight: asyncio.Task[Path]) -> None:
-        del self._flights[key]
+    def _landed(self, key: str, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        task = flight.task
+        if task.cancelled():
+            return
         now = time.monotonic()
         known = self._known.pop(key, None)
-        if flight.cancelled():
-            return
-        if error := flight.exception():
+        if error := task.exception():
             if known is not None:  # its host is out of order, which is no reason to stop those who use what we have
                 self._known[key] = known
                 known.fetched_at = now
                 logger.warning("a LoRA could not be fetched again: %s", error)
             return
-        self._known[key] = _Known(flight.result(), now, now)
+        self._known[key] = _Known(task.result(), now, now)
         if len(self._known) > _MAX_KNOWN:
             del self._known[next(iter(self._known))]
 
-    async def _fetch(self, field: str, url: str, owner: str) -> Path:
+    async def _fetch(self, field: str, url: str, file: File | None, *, remote: bool) -> Path:
         part = self._folder / f"{secrets.token_hex(8)}.part"
         limit = min(MAX_BYTES, self._limit_bytes)
         try:
-            if _is_data(url):
-                try:
-                    data = await data_of(field, url)
-                except ImageError as error:
-                    raise DownloadError(field, error.message) from None
-                sha256 = await self._in_keeper(lambda: _write(part, data))
-            elif file := await self._files.own(url, owner=owner):
-                if file.size > limit:
-                    raise DownloadError(field, f"is larger than {limit:,} bytes")
-                sha256 = await self._copy(field, file, part)
-            elif url.startswith("/"):
-                raise DownloadError(field, _GONE)
-            else:
+            if remote:
                 sha256 = await self._egress.download(field, url, part, limit_bytes=limit, timeout_s=_FETCH_S)
-            return await self._in_keeper(lambda: self._keep(field, part, sha256))
+                return await self._in_keeper(lambda: self._keep(field, part, sha256))
+            async with self._copies:
+                sha256 = await self._take(field, url, file, part, limit)
+                return await self._in_keeper(lambda: self._keep(field, part, sha256))
         except OSError as error:
             logger.exception("a LoRA could not be stored")
             raise Unavailable("the LoRA could not be stored here") from error
         finally:
             await self._in_keeper(lambda: part.unlink(missing_ok=True))
+
+    async def _take(self, field: str, url: str, file: File | None, part: Path, limit: int) -> str:
+        """Copy what is here already: a file of ours, or what the URL itself holds. Its SHA-256."""
+        if file:
+            if file.size > limit:
+                raise DownloadError(field, f"is larger than {limit:,} bytes")
+            return await self._copy(field, file, part)
+        if not _is_data(url):
+            raise DownloadError(field, _GONE)
+        try:
+            data = await data_of(field, url)
+        except ImageError as error:
+            raise DownloadError(field, error.message) from None
+        return await self._in_keeper(lambda: _write(part, data))
 
     async def _copy(self, field: str, file: File, part: Path) -> str:
         digest = hashlib.sha256()

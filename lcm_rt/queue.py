@@ -12,15 +12,19 @@ import contextlib
 import logging
 import time
 import weakref
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import TypeVar
 
 import orjson
 
 from lcm_rt import wire
-from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Unavailable
+from lcm_rt.auth import LOCAL
+from lcm_rt.errors import EngineLost, LcmError, Overloaded, Unavailable
+from lcm_rt.files import lifecycle_of
 from lcm_rt.jobs import CANCELLED, Job, Jobs, Log, Outcome
 from lcm_rt.service import Service
 from lcm_rt.types import GenerateInput, GenerateOutput
@@ -33,13 +37,20 @@ SHARED_POLL_S = 1.0
 
 POLL_S = 30.0
 LOOK_S = 0.5
-"""How often a status stream looks for what happened elsewhere, and for how far the queue has moved."""
+"""How often a status stream looks for what happened at another server."""
+LOOK_ALONE_S = 5.0
+"""... where there can hardly be one."""
+WAITING_PER_SLOT = 8
+"""How many jobs may be claimed for each that runs, the others waiting for their models."""
+MOST_LEASES = 10
+"""After so many, an engine's death is blamed on the job, whoever else was there."""
 
 T = TypeVar("T")
 
 _FIRST_PAUSE_S = 0.1
 _LAST_PAUSE_S = 2.0
 _STORE_PAUSE_S = 1.0
+_MOST_TRIES = 150  # some five minutes
 
 
 @dataclass(eq=False, slots=True)
@@ -51,7 +62,9 @@ class _Run:
     task: asyncio.Task[None] | None = None
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     begun_at: float = 0.0  # of time.perf_counter
+    started: bool = False  # its task has taken its first step; one that is cancelled before never takes any
     stopped: bool = False  # by its client, or because it is not ours any more
+    waiting: bool = False  # for its model
 
     def begin(self) -> None:
         if not self.begun.is_set():
@@ -134,6 +147,8 @@ class Queue:
                     self._renew_at = now + self._lease_s / 3
                 self._running[job.id] = run = _Run(job, list(job.logs))
                 run.task = tasks.create_task(self._work(run))
+                run.task.add_done_callback(partial(self._ended, run))
+                self._tell_all()  # who waits behind it has moved on
         except Unavailable as error:
             logger.warning("the queue has to wait: %s", error)
             return now + _STORE_PAUSE_S
@@ -142,27 +157,35 @@ class Queue:
 
     async def _claim(self) -> Job | None:
         """The next job, if there is room for it beside those that run."""
-        full = len(self._running) >= self._running_jobs
-        if self._service.workers.failure or full or any(run.job.deaths for run in self._running.values()):
+        runs = self._running.values()
+        active = [run for run in runs if not run.waiting]
+        full = len(active) >= self._running_jobs or len(runs) >= self._running_jobs * WAITING_PER_SLOT
+        if self._service.workers.failure or full or any(run.job.deaths for run in runs):
             return None
-        return await self._jobs.claim(self._server, lease_s=self._lease_s, busy=bool(self._running))
+        # One place is kept free of each owner: pictures that take long to fetch hold up their own jobs only.
+        owners = Counter(run.job.owner for run in active if run.job.owner != LOCAL)
+        crowded = [owner for owner, count in owners.items() if count >= max(self._running_jobs - 1, 1)]
+        return await self._jobs.claim(self._server, lease_s=self._lease_s, busy=bool(runs), crowded=crowded)
 
     async def _work(self, run: _Run) -> None:
-        job = run.job
+        run.started = True
         try:
-            await self._settle(run)
+            if not run.stopped:
+                await self._settle(run)
         except asyncio.CancelledError:
-            if run.stopped:  # nobody wants it, or it is not ours any more, and then this changes nothing
-                with contextlib.suppress(Unavailable):
-                    await self._jobs.finish(job.id, job.epoch, CANCELLED, logs=run.logs)
-            raise
+            if not run.stopped:
+                raise
         except Exception:
             logger.exception("what a job came to could not be written; it is run again once its lease lapses")
-        finally:
-            if self._running.get(job.id) is run:
-                del self._running[job.id]
-            self._tell(job.id)
-            self.wake()
+        if run.stopped:  # nobody wants it, or it is not ours any more, and then this changes nothing
+            with contextlib.suppress(Unavailable):
+                await self._jobs.finish(run.job.id, run.job.epoch, CANCELLED, logs=run.logs)
+
+    def _ended(self, run: _Run, task: asyncio.Task[None]) -> None:
+        if self._running.get(run.job.id) is run:
+            del self._running[run.job.id]
+        self._tell(run.job.id)
+        self.wake()
 
     async def _settle(self, run: _Run) -> None:
         """Run a job, and write what it comes to."""
@@ -172,7 +195,9 @@ class Queue:
             outcome, metrics = await self._outcome(run)
         except EngineLost as error:
             self._log(run, str(error), "ERROR")
-            died = not self._stopping
+            # A second death tells of this job only where nothing else was at the engine, a client's message say.
+            tells = error.alone or not job.deaths or job.epoch >= MOST_LEASES
+            died = not self._stopping and tells
             await self._stored(lambda: self._jobs.release(job.id, job.epoch, logs=run.logs, died=died))
             return
         except LcmError as error:
@@ -209,23 +234,30 @@ class Queue:
                 wanted,
                 address=lambda name: f"{job.base}/files/{name}",
                 owner=job.owner,
-                ttl_s=job.file_ttl_s,
+                lifecycle=lifecycle_of(job.lifecycle),
             )
         )
         return Outcome(200, orjson.dumps(answer)), {"inference_time": round(seconds, 5)}
 
     async def _generate(self, run: _Run, wanted: GenerateInput, app_model: str, model: str) -> GenerateOutput:
         """Wait until an engine takes it, and for its pictures."""
-        pause = _FIRST_PAUSE_S
-        while True:
-            await self._service.workers.wait_model(model)
+        pause, workers = _FIRST_PAUSE_S, self._service.workers
+        for left in reversed(range(_MOST_TRIES)):
+            if workers.models[model].state != "ready":
+                run.waiting = True
+                self.wake()  # others, whose model is here, need not wait with it
+                await workers.wait_model(model)
+                run.waiting = False
             try:
                 return await self._service.run(
                     wanted, app_model=app_model, priority="queue", owner=run.job.owner, on_begun=run.begin
                 )
-            except (Overloaded, ModelLoading):
+            except (Overloaded, Unavailable) as error:  # no room, a model on its way, a store that is away
+                if isinstance(error, EngineLost) or workers.failure or workers.models[model].failure or not left:
+                    raise
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_PAUSE_S)
+        raise AssertionError("the last try returns or raises")
 
     async def _begin(self, run: _Run, model: str) -> None:
         """Tell that an engine has begun a job, once it has."""
@@ -262,7 +294,8 @@ class Queue:
         run = self._running.get(id)
         if run and run.task:
             run.stopped = True
-            run.task.cancel()
+            if run.started:
+                run.task.cancel()
 
     async def wait(self, seen: Job) -> Job:
         """A job as it is as soon as that looks different from ``seen`` to its client. Raises: NotFound."""
@@ -273,8 +306,13 @@ class Queue:
                 if _shown(job) != _shown(seen):
                     return job
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(LOOK_S if self._jobs.is_shared else LOOK_ALONE_S):
                     await changed.wait()
+
+    def _tell_all(self) -> None:
+        """Wake everybody who watches a job."""
+        for id in list(self._watched):
+            self._tell(id)
 
     def _tell(self, id: str) -> None:
         """Wake those who watch a job, and the webhooks."""

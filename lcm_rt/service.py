@@ -12,7 +12,7 @@ from lcm_rt import wire
 from lcm_rt.apps import PLATFORM_APPS, parse_app
 from lcm_rt.auth import LOCAL
 from lcm_rt.errors import ImageError, InputError, NotFound, RequestTimeout
-from lcm_rt.files import Files
+from lcm_rt.files import Files, Lifecycle
 from lcm_rt.loras import Loras
 from lcm_rt.metrics import Metrics
 from lcm_rt.types import (
@@ -96,15 +96,23 @@ class Service:
             return usual if usual in self.workers.models else self.default_model
         raise NotFound(f"no app is called {app!r} here; use fal-ai/lcm or {', '.join(self.workers.models)}")
 
-    def model_of(self, wanted: GenerateInput, app_model: str) -> str:
-        """The served model that answers ``wanted``, sent to an app that uses ``app_model``. Raises: InputError."""
+    def model_of(self, wanted: GenerateInput, app_model: str, apps: frozenset[str] | None = None) -> str:
+        """The served model that answers ``wanted``, sent to an app that uses ``app_model``.
+
+        Args:
+            apps: what its sender's token is bound to; it opens no other model by the message either.
+
+        Raises: InputError.
+        """
         served = self.workers.models
         if wanted.model is not None:
             if wanted.model in served:
+                if wanted.model != app_model and apps is not None and wanted.model not in apps:
+                    raise InputError("model", "is not one that this token is for", "model_forbidden")
                 return wanted.model
             if wanted.model not in PLATFORM_MODELS:
                 raise InputError("model", f"is not served here; there is {', '.join(served)}", "model_unknown")
-        if wanted.model_name in served:
+        if wanted.model_name in served and (apps is None or wanted.model_name in apps):
             return wanted.model_name
         return app_model
 
@@ -120,6 +128,7 @@ class Service:
         app_model: str,
         priority: Priority,
         owner: str = LOCAL,
+        apps: frozenset[str] | None = None,
         session: str | None = None,
         on_begun: Callable[[], None] | None = None,
         on_preview: Callable[[Preview], None] | None = None,
@@ -127,21 +136,17 @@ class Service:
         """Resolve ``wanted`` and submit it; its pictures have the seeds seed, seed+1, ...
 
         Args:
-            owner: whose it is, for what only its owner may read, and for fairness. session: the realtime connection.
+            owner: whose it is, for what only its owner may read, and for fairness.
+            apps: as for ``model_of``. session: the realtime connection.
 
         Raises: LcmError.
         """
-        model = self.model_of(wanted, app_model)
-        size = self._size(wanted)
+        model = self.model_of(wanted, app_model, apps)
+        size = self.check(wanted)
         self.workers.require(model)  # before anything is fetched in vain
         inline = wanted.image if wanted.image_bytes is None else wanted.image_bytes
         image = await self._picture("image", inline, wanted.image_url, owner)
         mask = await self._picture("mask", wanted.mask_bytes, wanted.mask_url, owner)
-        if mask is not None and image is None:
-            raise InputError("image_url", "a mask needs the picture that it masks", "missing")
-        for field in ("inpaint_mask_only", "controlnet_inpaint"):
-            if getattr(wanted, field) and mask is None:
-                raise InputError(field, "needs a mask", "missing")
         lora = None if wanted.lora_url is None else str(await self.loras.find("lora_url", wanted.lora_url, owner=owner))
         steps = wanted.num_inference_steps
         if "num_inference_steps" not in wanted.model_fields_set:
@@ -179,7 +184,15 @@ class Service:
         """Who shares the rows fairly: owners of keys; without keys, each connection and each request by itself."""
         return owner if owner != LOCAL else session or f"run-{next(self._runs)}"
 
-    def _size(self, wanted: GenerateInput) -> tuple[int, int] | None:
+    def check(self, wanted: GenerateInput) -> tuple[int, int] | None:
+        """What can be told to be wrong before anything is fetched; the size that is asked for. Raises: InputError."""
+        has_image = bool(wanted.image is not None or wanted.image_bytes is not None or wanted.image_url)
+        has_mask = bool(wanted.mask_bytes is not None or wanted.mask_url)
+        if has_mask and not has_image:
+            raise InputError("image_url", "a mask needs the picture that it masks", "missing")
+        for field in ("inpaint_mask_only", "controlnet_inpaint"):
+            if getattr(wanted, field) and not has_mask:
+                raise InputError(field, "needs a mask", "missing")
         if wanted.image_size is None:
             return None
         size = {"width": wanted.image_size.width, "height": wanted.image_size.height}
@@ -204,6 +217,7 @@ class Service:
         app_model: str,
         priority: Priority,
         owner: str = LOCAL,
+        apps: frozenset[str] | None = None,
         on_begun: Callable[[], None] | None = None,
         on_preview: Callable[[Preview], None] | None = None,
         start_within_s: float | None = None,
@@ -228,9 +242,15 @@ class Service:
         try:
             async with waiting:
                 if start_within_s is not None:
-                    await self.workers.wait_model(self.model_of(wanted, app_model))
+                    await self.workers.wait_model(self.model_of(wanted, app_model, apps))
                 ongoing = await self.start(
-                    wanted, app_model=app_model, priority=priority, owner=owner, on_begun=begin, on_preview=on_preview
+                    wanted,
+                    app_model=app_model,
+                    priority=priority,
+                    owner=owner,
+                    apps=apps,
+                    on_begun=begin,
+                    on_preview=on_preview,
                 )
                 output = await ongoing.output()
         except TimeoutError:
@@ -247,18 +267,24 @@ class Service:
         *,
         address: Callable[[str], str],
         owner: str = LOCAL,
-        ttl_s: float | None = None,
+        lifecycle: Lifecycle | None = None,
     ) -> dict[str, Any]:
         """The body of an answer by HTTP: pictures by URL, or inline with ``sync_mode``.
 
         Args:
-            address: the URL of a file by its name. owner, ttl_s: whose its files are, and how long they are kept.
+            address: the URL of a file by its name. owner: whose the files are.
+            lifecycle: how long they are kept, and who may read them.
         """
         images = []
+        life = lifecycle or Lifecycle()
         for result in output.results:
             if wanted.sync_mode:
                 url = wire.data_uri(result)
             else:
-                url = address(await self.files.put(result.image, result.content_type, owner=owner, ttl_s=ttl_s))
+                url = address(
+                    await self.files.put(
+                        result.image, result.content_type, owner=owner, ttl_s=life.ttl_s, access=life.access
+                    )
+                )
             images.append(wire.image_entry(result, url))
         return {"images": images, **wire.output_fields(output)}

@@ -36,6 +36,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     insecure: bool = Field(False, description="Ask nobody for a key, though other machines reach the address.")
+    hosts: Annotated[list[str], NoDecode] = Field(
+        [], description="Further names by which an open server on this machine may be called, by a proxy before it say."
+    )
     keys: bool = Field(False, description="Ask for API keys on this machine's own address too.")
     tls_cert: Path | None = Field(None, description="Certificate chain (PEM), to speak https and wss.")
     tls_key: Path | None = Field(None, description="Its private key (PEM).")
@@ -98,10 +101,10 @@ class Settings(BaseSettings):
     def _expand(cls, path: Path) -> Path:
         return path.expanduser().resolve()
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "hosts", mode="before")
     @classmethod
-    def _split(cls, models: str | list[str]) -> list[str]:
-        return models.split(",") if isinstance(models, str) else models
+    def _split(cls, names: str | list[str]) -> list[str]:
+        return names.split(",") if isinstance(names, str) else names
 
     @property
     def is_open(self) -> bool:

@@ -47,6 +47,7 @@ from sqlalchemy import (
     inspect,
     make_url,
     select,
+    text,
     update,
 )
 from sqlalchemy.exc import (
@@ -83,6 +84,12 @@ T = TypeVar("T")
 
 metadata = MetaData()
 _Large = BigInteger().with_variant(Integer, "sqlite")  # SQLite's are of 64 bits, and only they count up by themselves
+
+
+def _where(rows: str) -> dict[str, Any]:
+    """Options of an index of these rows alone."""
+    return {f"{kind}_where": text(rows) for kind in ("sqlite", "postgresql")}
+
 
 versions = Table("versions", metadata, Column("version", Integer, primary_key=True))
 
@@ -121,7 +128,7 @@ jobs = Table(
     Column("idempotency_key", String),
     Column("webhook", String),
     Column("retries", Boolean, nullable=False),
-    Column("file_ttl_s", Float),
+    Column("lifecycle", String),  # of its answered pictures, as its client said it
     Column("created_at", Float, nullable=False),
     Column("start_before", Float),  # None once done
     Column("begun_at", Float),  # by an engine; None while it waits
@@ -179,7 +186,9 @@ files = Table(
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False),
     Index("files_by_age", "expires_at"),
-    Index("files_by_owner", "owner", "upload"),
+    # What an owner's uploads and pictures take is summed up from these alone.
+    Index("uploads_by_owner", "owner", "size", "upload", **_where("upload IS NOT NULL")),
+    Index("pictures_by_owner", "owner", "created_at", "size", "upload", **_where("upload IS NULL")),
     Index("files_by_place", "place"),
 )
 
@@ -191,6 +200,7 @@ parts = Table(
     Column("place", String, nullable=False, unique=True),
     Column("md5", String, nullable=False),
     Column("size", BigInteger, nullable=False),
+    Index("parts_by_upload", "upload", "size", "number"),
 )
 
 

@@ -6,7 +6,6 @@ same, resolved: nothing is left to guess. ``GenerateResult`` is one finished pic
 
 from __future__ import annotations
 
-import base64
 import binascii
 import math
 from dataclasses import dataclass, field
@@ -68,8 +67,8 @@ def _bytes_by_text(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
+        return binascii.a2b_base64(value, strict_mode=True)  # several times as fast as base64.b64decode
+    except ValueError:
         raise ValueError("should be bytes, or base64 text") from None
 
 

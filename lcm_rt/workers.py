@@ -298,9 +298,12 @@ class Workers:
                 model.become("unloaded")
         pending, self._pending = self._pending, {}
         self._metrics.pending.set(0)
+        alone = len({id(generation.request) for generation in pending.values()}) == 1
         for generation in pending.values():
             if not generation.result.done():
-                generation.result.set_exception(EngineLost("the engine process ended; it is being started again"))
+                error = EngineLost("the engine process ended; it is being started again")
+                error.alone = alone
+                generation.result.set_exception(error)
         self._change()
 
     def _change(self) -> None:

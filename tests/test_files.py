@@ -16,7 +16,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from serving import run, until
-from sqlalchemy import func, select
+from sqlalchemy import Connection, event, func, select
 from test_egress import Host, answer, hosting, make
 
 from lcm_rt import files as files_module
@@ -29,10 +29,11 @@ from lcm_rt.errors import (
     InputError,
     LcmError,
     NotFound,
+    Overloaded,
     TooLarge,
     Unavailable,
 )
-from lcm_rt.files import LONGEST_S, UNFINISHED_S, Access, Files, Lifecycle, Upload, lifecycle_of
+from lcm_rt.files import LONGEST_S, STRAY_S, SWEEP_S, UNFINISHED_S, Access, Files, Lifecycle, Upload, lifecycle_of
 from lcm_rt.metrics import Metrics
 from lcm_rt.objects import BLOCK, Objects
 from lcm_rt.store import Store
@@ -100,6 +101,9 @@ class Filing:
         """Wait until something is on its way into the storage."""
         while not await self.objects():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
+
+    async def place(self, name: str) -> str:
+        return (await self.files.open(name, None)).place
 
     async def rows(self, table: Any = file_rows) -> int:
         return await self.store.do(lambda connection: connection.scalar(select(func.count()).select_from(table)) or 0)
@@ -265,8 +269,8 @@ async def test_a_picture_by_url_is_bounded(tmp_path: Path, monkeypatch: pytest.M
 async def test_bytes_that_were_taken_away_are_a_typed_error(tmp_path: Path) -> None:
     async with filing(tmp_path) as it:
         name, cut = await it.files.put(b"x", "image/png"), await it.files.put(b"12345", "image/png")
-        (tmp_path / "files" / name).unlink()
-        (tmp_path / "files" / cut).write_bytes(b"123")
+        (tmp_path / "files" / await it.place(name)).unlink()
+        (tmp_path / "files" / await it.place(cut)).write_bytes(b"123")
         for gone in (name, cut):
             with pytest.raises(NotFound):
                 await it.content(gone)
@@ -566,6 +570,64 @@ async def test_many_who_complete_one_upload_get_one_file(tmp_path: Path) -> None
 
 
 @run
+async def test_parts_are_joined_once_and_count_meanwhile(tmp_path: Path) -> None:
+    async with filing(tmp_path, upload_quota_bytes=2 * BLOCK + 2**16) as it:
+        begun, other = [await it.files.begin(None, None, owner="alice") for _ in range(2)]
+        listed = [(1, await it.files.write_part(begun, 1, body(b"x" * BLOCK)))]
+        size = len(await it.objects())
+        completing = [asyncio.create_task(it.files.complete(begun, listed)) for _ in range(8)]
+        completing[0].cancel()
+        await until(lambda: bool(it.files._joins))
+        with pytest.raises(TooLarge):
+            await it.files.write(other, body(b"x" * BLOCK), length=BLOCK)
+        most = size
+        while not all(task.done() for task in completing):
+            most = max(most, len(await it.objects()))
+        assert most <= 2
+        assert [await task for task in completing[1:]] == [None] * 7
+        assert not it.files._arriving
+        await it.files.write(other, body(b"x" * BLOCK), length=BLOCK)
+
+
+@run
+async def test_the_uploads_of_an_owner_are_so_many_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "MOST_UNFINISHED", 3)
+    monkeypatch.setattr(files_module, "MOST_ROWS", 5)
+    async with filing(tmp_path) as it:
+        begun = [await it.files.begin(None, None, owner="alice") for _ in range(3)]
+        with pytest.raises(Overloaded, match="not complete"):
+            await it.files.begin(None, None, owner="alice")
+        await it.upload(b"x", owner="bob")
+        for number in (1, 2):
+            await it.files.write_part(begun[0], number, body(b"x"))
+        with pytest.raises(TooLarge, match="files and parts"):
+            await it.files.write_part(begun[0], 3, body(b"x"))
+        it.clock.now += UNFINISHED_S
+        await it.files.sweep()
+        await it.upload(b"x", owner="alice")
+
+
+@run
+async def test_the_sums_of_an_owner_are_made_of_an_index_alone(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def explain(connection: Connection) -> None:
+        def listen(conn: Any, cursor: Any, statement: str, values: Any, *rest: Any) -> None:
+            if statement.startswith("SELECT"):
+                seen.extend(row[3] for row in cursor.connection.execute(f"EXPLAIN QUERY PLAN {statement}", values))
+
+        event.listen(connection, "before_cursor_execute", listen)
+        try:
+            files_module._used(connection, "alice")
+        finally:
+            event.remove(connection, "before_cursor_execute", listen)
+
+    async with filing(tmp_path) as it:
+        await it.store.do(explain)
+    assert sum("COVERING INDEX" in step for step in seen) == len(seen) == 3, seen
+
+
+@run
 async def test_a_whole_file_does_instead_of_parts(tmp_path: Path) -> None:
     async with filing(tmp_path) as it:
         begun = await it.files.begin(None, None)
@@ -706,33 +768,86 @@ async def test_the_oldest_pictures_make_room(tmp_path: Path) -> None:
             names.append(await it.files.put(b"x" * 100, "image/png"))
             it.clock.now += 1
         await it.files.sweep()
-        assert await it.objects() == sorted([(await it.files.open(upload, None)).place, *names[2:]])
+        assert await it.objects() == sorted(
+            [(await it.files.open(upload, None)).place, *[await it.place(name) for name in names[2:]]]
+        )
         assert it.metrics.value("lcm_rt_file_bytes") == 1000
         assert await it.content(upload) == b"u" * 5000
 
 
 @run
+async def test_who_has_most_makes_room(tmp_path: Path) -> None:
+    async with filing(tmp_path, limit_bytes=1000, ttl_s=10**6) as it:
+        few = [await it.files.put(b"x" * 100, "image/png", owner="bob") for _ in range(3)]
+        running = asyncio.create_task(it.files.run())
+        try:
+            await until(lambda: it.metrics.value("lcm_rt_file_bytes") == 300)
+            many = [await it.files.put(b"x" * 100, "image/png", owner="alice") for _ in range(8)]
+            async with asyncio.timeout(SWEEP_S / 3):
+                await until(lambda: it.metrics.value("lcm_rt_file_bytes") == 1000)
+        finally:
+            running.cancel()
+        for name in few + many[1:]:
+            assert len(await it.content(name)) == 100
+        with pytest.raises(NotFound):
+            await it.files.open(many[0], None)
+
+
+@run
+async def test_what_expires_while_it_is_read_is_read_to_its_end(tmp_path: Path, storage: str) -> None:
+    async with filing(tmp_path, storage=storage) as it:
+        data = os.urandom(3 * BLOCK)
+        file = await it.files.open(await it.upload(data), None)
+        blocks = [it.files.stream(file) for _ in range(2)]
+        read = [await anext(some) for some in blocks]
+        it.clock.now += 1000
+        await it.files.sweep()
+        with pytest.raises(NotFound):
+            await it.files.open(file.name, None)
+        await blocks[1].aclose()
+        assert len(await it.objects()) == 1
+        assert read[0] + b"".join([block async for block in blocks[0]]) == data
+        assert await it.objects() == []
+
+
+@run
 async def test_bytes_without_a_row_are_removed_after_a_day(tmp_path: Path, storage: str) -> None:
     async with filing(tmp_path, storage=storage, ttl_s=10**6) as it:
-        kept = await it.files.put(b"x", "image/png")
-        begun = await it.files.begin(None, None)
-        await it.files.write_part(begun, 1, body(b"part"))
+        kept = await it.place(await it.files.put(b"x", "image/png"))
         fs, root = fsspec.core.url_to_fs(storage)
-        strays = ["b" * 22, "c" * 22 + ".png"]
-        others = ["thesis.txt", "B" * 22 + ".PNG", "x.png"]
+        strays = [await it.files._place("b" * 22), await it.files._place("c" * 22 + ".png")]
+        others = ["thesis.txt", "B" * 22 + ".PNG", "x.png", "d" * 22 + ".png", f"{'0' * 16}-{'e' * 22}"]
         for name in strays + others:
             await asyncio.to_thread(fs.pipe_file, f"{root}/{name}", b"x")
         await asyncio.to_thread(fs.makedirs, f"{root}/folder.png")
-        it.clock.now += UNFINISHED_S - 60
+        it.clock.now += STRAY_S - 60
+        begun = await it.files.begin(None, None)
+        await it.files.write_part(begun, 1, body(b"part"))
         await it.files.sweep()
         assert set(strays) <= set(await it.objects())
-        await it.files.write_part(begun, 2, body(b"part"))
         it.clock.now += 3600
+        await it.files.write_part(await it.files.begin(None, None), 2, body(b"part"))
         await it.files.sweep()
-        left = await it.objects()
-        assert not set(strays) & set(left)
-        assert {kept, *others} <= set(left)
-        assert len(left) == 3 + len(others) + 1
+        assert set(await it.objects()) >= {kept, *others}
+        assert not set(strays) & set(await it.objects())
+
+
+@run
+async def test_who_shares_the_storage_is_left_alone(tmp_path: Path, storage: str) -> None:
+    (tmp_path / "b").mkdir()
+    async with filing(tmp_path, storage=storage) as first, filing(tmp_path / "b", storage=storage) as second:
+        name = await first.upload(b"precious", lifecycle=Lifecycle(10 * STRAY_S))
+        for it in (first, second):
+            it.clock.now += 2 * STRAY_S
+            await it.files.sweep()
+        assert await first.content(name) == b"precious"
+    async with filing(tmp_path, storage=storage) as again:  # it is the same one after a restart
+        stray = await first.files._place("b" * 22)
+        await again.files._objects.put(stray, b"x")
+        again.clock.now += 2 * STRAY_S
+        await again.files.sweep()
+        assert stray not in await again.objects()
+        assert await again.content(name) == b"precious"
 
 
 @run
@@ -740,11 +855,11 @@ async def test_what_a_crash_left_is_harmless(tmp_path: Path) -> None:
     """A process that ends after the bytes and before the row: the upload can be tried again."""
     async with filing(tmp_path) as it:
         begun = await it.files.begin(None, None)
-        await Objects(tmp_path / "files").put("d" * 22, b"half")
+        await Objects(tmp_path / "files").put(await it.files._place("d" * 22), b"half")
     async with filing(tmp_path) as it:
         await it.files.write(begun, body(b"whole"))
         assert await it.content(begun.name) == b"whole"
-        it.clock.now += UNFINISHED_S
+        it.clock.now += STRAY_S
         await it.files.sweep()
         assert await it.objects() == []
 

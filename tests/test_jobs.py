@@ -80,8 +80,8 @@ async def opened(url: str, **options: Any) -> AsyncIterator[Queue]:
 @run
 async def test_a_job_from_end_to_end(database_url: str) -> None:
     async with opened(database_url) as queue:
-        made = await queue.add(b'{"prompt":"x"}', file_ttl_s=9.0)
-        assert (made.state, made.position, made.input, made.file_ttl_s) == ("queued", 0, None, 9.0)
+        made = await queue.add(b'{"prompt":"x"}', lifecycle="{}")
+        assert (made.state, made.position, made.input, made.lifecycle) == ("queued", 0, None, "{}")
         with pytest.raises(BadRequest):
             await queue.result(made.id)
         job = await queue.take()

@@ -390,14 +390,17 @@ async def test_many_who_ask_at_once_cause_one_download(tmp_path: Path) -> None:
         assert isinstance(paths[0], asyncio.CancelledError)
         assert set(paths[1:]) == {it.folder / f"{sha256(lora())}.safetensors"}
         assert host.connections == 1
-        # Nobody may be waiting at all, as with a newer message in the place of each.
+        # When the last has left, as with a newer message in the place of each, its place is free for another.
         ready.clear()
         alone = asyncio.create_task(it.find("http://pictures.example/y"))
         await until(lambda: len(host.requests) == 2)
+        [flight] = it.loras._flights.values()
         alone.cancel()
+        await until(flight.task.cancelled)
+        assert not it.loras._flights
         ready.set()
         assert await it.find("http://pictures.example/y") == paths[1]
-        assert host.connections == 2
+        assert host.connections == 3
 
 
 @run
@@ -435,6 +438,32 @@ async def test_no_more_than_some_are_fetched_at_a_time(tmp_path: Path) -> None:
         ready.set()
         await asyncio.gather(*asking, same)
         await it.find("http://pictures.example/9")
+
+
+@run
+async def test_no_owner_takes_the_places_of_others(tmp_path: Path) -> None:
+    ready = asyncio.Event()
+
+    async def serve(host: Host, path: str, writer: asyncio.StreamWriter) -> None:
+        await ready.wait()
+        await by_number(host, path, writer)
+
+    async with hosting(serve) as host, Rows(f"sqlite:///{tmp_path}/rows.db") as rows:
+        it = await store(tmp_path, host, rows=rows)
+        own = f"http://pictures.example/files/{await it.upload(lora(7), owner='alice')}"
+        asking = [asyncio.create_task(it.find(f"http://pictures.example/{n}", owner="alice")) for n in range(2)]
+        await until(lambda: host.connections == 2)
+        with pytest.raises(Overloaded):
+            await it.find("http://pictures.example/2", owner="alice")
+        for url in (own, data_uri(lora(8))):  # no other host is asked for these
+            await it.find(url, owner="alice")
+        other = asyncio.create_task(it.find("http://pictures.example/2", owner="bob"))
+        await until(lambda: host.connections == 3)
+        asking.pop().cancel()
+        asking.append(asyncio.create_task(it.find("http://pictures.example/3", owner="alice")))
+        await until(lambda: host.connections == 4)
+        ready.set()
+        await asyncio.gather(*asking, other)
 
 
 @run
@@ -556,12 +585,11 @@ async def test_a_server_that_stops_leaves_nothing(tmp_path: Path) -> None:
         it = await store(tmp_path, host, limit_bytes=10**7)
         asking = asyncio.create_task(it.find("http://pictures.example/x"))
         await until(lambda: any(name.endswith(".part") for name in it.names()))
-        for task in [asking, *it.loras._flights.values()]:
+        for task in [asking, *(flight.task for flight in it.loras._flights.values())]:
             task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        await until(lambda: not it.loras._flights)
-        assert await names(it) == []
+        await until(lambda: not it.names())
 
 
 @run

@@ -25,8 +25,10 @@ from sqlalchemy import select
 from test_realtime import Hold, pixels
 
 from lcm_rt.errors import Unavailable
+from lcm_rt.files import LONGEST_S, lifecycle_of
 from lcm_rt.jobs import Jobs
 from lcm_rt.queue import Queue
+from lcm_rt.server import serve
 from lcm_rt.store import deliveries
 
 SMALL = {"image_size": {"width": SIDE, "height": SIDE}, "format": "png", "num_inference_steps": 1}
@@ -713,13 +715,14 @@ async def test_lifecycle_headers_are_never_an_error(tmp_path: Path) -> None:
         jobs: Jobs = client.server.app.state.jobs
         for wish, ttl_s in (
             ('{"expiration_duration_seconds": 60}', 60.0),
-            ('{"expiration_duration_seconds": null}', None),
+            ('{"expiration_duration_seconds": null}', LONGEST_S),
             ('{"expiration_duration_seconds": "x"}', None),
             ("{", None),
             ("[]", None),
+            ("[" * 9000, None),
         ):
             job = await client.submit(headers={"x-fal-object-lifecycle-preference": wish})
-            assert (await jobs.look(job["request_id"])).file_ttl_s == ttl_s
+            assert lifecycle_of((await jobs.look(job["request_id"])).lifecycle).ttl_s == ttl_s
 
 
 @run
@@ -755,3 +758,78 @@ async def test_by_host_or_by_prefix(tmp_path: Path) -> None:
                 break
         done = await client.http.get(path, headers={"host": "queue.fal.run"})
         assert re.match(r"http://v3\.fal\.media/files/", done.json()["images"][0]["url"])
+
+
+@pytest.mark.points(49)
+@run
+async def test_jobs_cancelled_at_every_moment_leave_their_places(tmp_path: Path) -> None:
+    async with queueing(tmp_path, running_jobs=2) as client:
+        for number in range(40):
+            job = await client.submit()
+            for _ in range(number % 8):
+                await asyncio.sleep(0)
+            await client.http.put(job["cancel_url"])
+        assert (await client.result(await client.submit())).status_code == 200
+        await until(lambda: not client.server.app.state.queue._running)
+
+
+@run
+async def test_a_clients_message_that_kills_the_engine_convicts_no_job(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    async with queueing(tmp_path) as client:
+        job = await client.submit(prompt=hold.prompt, num_inference_steps=30)
+        await hold.entered()
+        async with client.server.connect() as socket:
+            await say(socket, prompt="crash", image_size={"width": 64, "height": 64})
+            await until(lambda: client.server.metric("lcm_rt_pending") >= 2)
+            hold.path.unlink()
+            hold.path.write_bytes(b"")  # no later step waits
+            hold.release()
+            while (await hear(socket)).get("type") != "x-fal-error":
+                pass
+        assert (await client.result(job)).status_code == 200
+
+
+@run
+async def test_nobody_waits_behind_a_model_that_loads(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "slow-load")
+    models = [model_folder(tmp_path / "model"), model_folder(tmp_path / "model2", "slow-load")]
+    async with queueing(tmp_path, ready=False, running_jobs=1, models=models) as client:
+        await until(lambda: client.server.service.workers.models["fake"].state == "ready")
+        waiting = await client.submit(model="slow-load")
+        assert (await client.result(await client.submit())).status_code == 200
+        await asyncio.to_thread((tmp_path / "slow-load").write_bytes, b"go")
+        assert (await client.result(waiting)).status_code == 200
+
+
+@run
+async def test_what_is_wrong_is_told_at_submit(tmp_path: Path) -> None:
+    async with queueing(tmp_path) as client:
+        for fields in (
+            {"mask_url": "data:,x"},
+            {"inpaint_mask_only": True},
+            {"image_size": {"width": 4096, "height": 64}},
+        ):
+            answer = await client.http.post(APP, json={"prompt": "x", **fields})
+            assert answer.status_code == 422, fields
+
+
+@run
+async def test_a_stop_refuses_new_work_and_tells_what_it_cuts_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "DRAIN_S", 1.2)
+    hold = Hold(tmp_path)
+    async with queueing(tmp_path) as client, client.server.connect() as socket:
+        await say(socket, prompt=hold.prompt, image_size={"width": 64, "height": 64}, num_inference_steps=1)
+        await hold.entered()
+        running = asyncio.create_task(client.http.post("/run/fal-ai/lcm", json={"prompt": "x"}))
+        await until(lambda: client.server.metric("lcm_rt_pending") >= 2)
+        client.server.stop()
+        await until(lambda: client.server.app.state.realtime.draining.is_set())
+        for answer in (await client.http.get("/health/ready"), await client.http.post(APP, json={"prompt": "x"})):
+            assert (answer.status_code, answer.json()["error_type"]) == (503, "unavailable")
+        cut = await running
+        assert (cut.status_code, cut.json()["error_type"]) == (503, "unavailable")
+        assert cut.headers["x-fal-request-id"]
+        hold.release()

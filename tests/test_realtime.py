@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import os
 import time
@@ -21,6 +22,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosedError, ConnectionClosedOK
 
 from lcm_rt.auth import Auth
+from lcm_rt.server import realtime
 from lcm_rt.server.realtime import app_of_path, max_buffering_of
 from lcm_rt.wire import MAX_MESSAGE_BYTES
 
@@ -619,3 +621,46 @@ def test_the_app_in_a_path(path: str, app: str) -> None:
 )
 def test_max_buffering(value: str | None, size: int) -> None:
     assert max_buffering_of(value) == size
+
+
+@pytest.mark.points(5)
+@run
+async def test_a_key_that_is_revoked_ends_its_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(realtime, "RECHECK_S", 0.0)
+    async with serving(tmp_path, keys=True) as server:
+        key = await server.key()
+        header = {"Authorization": f"Key {key}"}
+        async with server.connect(additional_headers=header) as socket:
+            async with server.connect("/ws/fal-ai/lcm", additional_headers=header) as oneshot:
+                await say(socket, prompt="lake", **SMALL)
+                assert (await hear(socket))["images"]
+                await server.app.state.auth.revoke_key(key.partition(":")[0])
+                await say(socket, prompt="lake", **SMALL)
+                await refused(socket)
+                await oneshot.send(orjson.dumps({"prompt": "lake", **SMALL}).decode())
+                assert orjson.loads(await oneshot.recv())["status"] == 401
+
+
+@run
+async def test_thirty_at_once_are_no_more_than_the_limit(tmp_path: Path) -> None:
+    async with serving(tmp_path, keys=True, max_sessions=2) as server:
+        header = {"Authorization": f"Key {await server.key()}"}
+        for path in ("/fal-ai/lcm/realtime", "/ws/fal-ai/lcm"):
+            sockets = await asyncio.gather(*(server.connect(path, additional_headers=header) for _ in range(12)))
+            for socket in sockets:
+                with contextlib.suppress(ConnectionClosedOK):
+                    await socket.send(orjson.dumps({"prompt": "lake", **SMALL}).decode())
+            first = [orjson.loads(await socket.recv()) for socket in sockets]
+            assert sum("images" in answer or answer.get("status") == 200 for answer in first) == 2
+            for socket in sockets:
+                await socket.close()
+
+
+@pytest.mark.points(27)
+@run
+async def test_stopping_ends_http_over_a_websocket_normally_too(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        socket = await server.connect("/ws/fal-ai/lcm")
+        server.stop()
+        await socket.wait_closed()
+        assert socket.close_code == 1001

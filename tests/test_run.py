@@ -12,7 +12,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from fake_engine import colour
-from serving import SIDE, Server, model_folder, run, serving, until
+from serving import SIDE, Server, hear, model_folder, run, say, serving, until
 from test_realtime import Hold, pixels
 
 SMALL = {"image_size": {"width": SIDE, "height": SIDE}, "format": "png", "num_inference_steps": 1}
@@ -270,3 +270,90 @@ async def test_a_stream_through_the_proxy(tmp_path: Path) -> None:
             await hold.entered()
             hold.release()
             assert [line async for line in lines]
+
+
+@run
+async def test_a_token_opens_no_other_model_by_the_message(tmp_path: Path) -> None:
+    models = [model_folder(tmp_path / "one"), model_folder(tmp_path / "two", "other")]
+    async with serving(tmp_path, models=models, keys=True) as server, client(server) as http:
+        key = {"authorization": f"Key {await server.key()}"}
+        token = (await http.post("/tokens/", json={"allowed_apps": ["fake"]}, headers=key)).json()
+        wish = {"prompt": "lake", **SMALL}
+        path = f"/run/x/fake/stream?fal_jwt_token={token}"
+        assert (await http.post(path, json=wish)).status_code == 200
+        refused = await http.post(path, json={**wish, "model": "other"})
+        assert (refused.status_code, refused.json()["detail"][0]["type"]) == (422, "model_forbidden")
+        (*_, hinted) = events_of((await http.post(path, json={**wish, "model_name": "other"})).text)
+        assert hinted["model"] == "fake"
+        async with server.connect(f"/x/fake/realtime?fal_jwt_token={token}") as socket:
+            await say(socket, model="other", **wish)
+            assert (await hear(socket))["detail"][0]["type"] == "model_forbidden"
+        assert (await http.post("/run/x/fake", json={**wish, "model": "other"}, headers=key)).json()["model"] == "other"
+
+
+@run
+async def test_pictures_are_kept_from_others_where_their_owner_says_so(tmp_path: Path) -> None:
+    hidden = {"x-fal-object-lifecycle-preference": '{"initial_acl": {"default": "hide"}}'}
+    async with serving(tmp_path, keys=True) as server, client(server) as http:
+        alice = {"authorization": f"Key {await server.key('alice')}"}
+        bob = {"authorization": f"Key {await server.key('bob')}"}
+        answers = [
+            (await http.post("/run/fal-ai/lcm", json={"prompt": "x", **SMALL}, headers=alice | hidden)).json()[
+                "images"
+            ],
+            (await http.post("/v1/images/generations", json={"prompt": "x"}, headers=alice | hidden)).json()["data"],
+        ]
+        job = (await http.post("/queue/fal-ai/lcm", json={"prompt": "x", **SMALL}, headers=alice | hidden)).json()
+        while (await http.get(job["status_url"], headers=alice)).status_code == 202:
+            pass
+        answers.append((await http.get(job["response_url"], headers=alice)).json()["images"])
+        for (image,) in answers:
+            statuses = [(await http.get(image["url"], headers=who)).status_code for who in ({}, bob, alice)]
+            assert statuses == [404, 404, 200]
+
+
+@run
+async def test_no_page_of_another_origin_reaches_what_is_private(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, client(server) as http:
+        for method, path in (
+            ("GET", "/webhooks/secret"),
+            ("GET", "/metrics"),
+            ("POST", "/models/fake/unload"),
+        ):
+            foreign = await http.request(method, path, headers={"origin": "https://evil.example"})
+            assert (foreign.status_code, foreign.json()["error_type"]) == (403, "forbidden")
+            own = await http.request(method, path, headers={"origin": server.http})
+            assert own.status_code < 300
+        for host in ("evil.example", "localhost.evil.example", "a/?x=", 'x";alert(1)//', "[::1", ""):
+            answer = await http.get("/models", headers={"host": host})
+            assert answer.status_code == 400, host
+        for host in ("localhost:1", "127.0.0.1", "[::1]:8000", "my.localhost", "queue.fal.run"):
+            assert (await http.get("/health", headers={"host": host})).status_code in (200, 404), host
+    async with serving(tmp_path, hosts=["pictures.example"]) as server, client(server) as http:
+        assert (await http.get("/models", headers={"host": "pictures.example"})).status_code == 200
+
+
+@run
+async def test_bodies_of_one_client_do_not_take_all_memory(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server, client(server) as http:
+        bodies = server.app.state.bodies
+        bodies.take("127.0.0.1", 128 * 2**20 - 10)
+        answer = await http.post("/run/fal-ai/lcm", json={"prompt": "x", **SMALL})
+        assert (answer.status_code, answer.json()["error_type"]) == (429, "overloaded")
+        bodies.give("127.0.0.1", 128 * 2**20 - 10)
+        assert (await http.post("/run/fal-ai/lcm", json={"prompt": "x", **SMALL})).status_code == 200
+        assert not bodies._of
+
+
+@run
+async def test_a_client_that_leaves_in_the_middle_is_no_crash(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(tmp_path) as server:
+        host, _, port = server.host.partition(":")
+        for path in ("/run/fal-ai/lcm", "/run/fal-ai/lcm/stream", "/tokens/", "/rest/storage/upload/initiate"):
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{{".encode())
+            await writer.drain()
+            await until(lambda: bool(server.app.state.bodies._of))
+            writer.close()
+            await until(lambda: not server.app.state.bodies._of)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

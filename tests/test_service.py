@@ -10,7 +10,7 @@ from serving import SIDE, model_folder, run, serving
 
 from lcm_rt import wire
 from lcm_rt.errors import ImageError, InputError, NotFound
-from lcm_rt.server.app import create_service
+from lcm_rt.server.app import create_service, create_store
 from lcm_rt.service import Service
 from lcm_rt.settings import Settings
 from lcm_rt.types import MAX_SEED
@@ -19,7 +19,8 @@ from lcm_rt.types import MAX_SEED
 @pytest.fixture
 def service(tmp_path: Path) -> Service:
     models = [model_folder(tmp_path / "model", name) for name in ("first", "second")]
-    return create_service(Settings(models=models, data_dir=tmp_path))
+    settings = Settings(models=models, data_dir=tmp_path)
+    return create_service(settings, create_store(settings))
 
 
 @pytest.mark.parametrize(

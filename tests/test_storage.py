@@ -24,7 +24,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 from test_files import TITLES, Filing, filing, storage  # noqa: F401
 
-from lcm_rt.auth import Auth
+from lcm_rt.auth import MAX_TRIES, Auth
 from lcm_rt.errors import LcmError
 from lcm_rt.objects import BLOCK
 from lcm_rt.server import app, replies
@@ -81,6 +81,7 @@ async def serving_files(folder: Path, *, is_open: bool = True, **options: Any) -
         )
         state = server_app.state
         state.service, state.files, state.auth = SimpleNamespace(metrics=it.metrics), it.files, it.auth
+        state.bodies = replies.Bodies()
         end = await asyncio.to_thread(listen, "127.0.0.1", 0)
         server = uvicorn.Server(uvicorn.Config(server_app, log_config=None, lifespan="off"))
         running = asyncio.create_task(server._serve([end]))
@@ -496,6 +497,35 @@ async def test_names_are_shown_and_do_no_harm(tmp_path: Path) -> None:
             assert (await it.http.get(url)).content == b"x"
         got = await it.http.get(await it.put(b"x", "snow 雪.png", "image/png"))
         assert got.headers["content-disposition"] == "inline; filename*=UTF-8''snow%20%E9%9B%AA.png"
+
+
+@run
+async def test_keys_are_not_guessed_where_files_are_read(tmp_path: Path) -> None:
+    async with serving_files(tmp_path, is_open=False) as it:
+        key = await it.key("alice")
+        url = await it.put(b"x", **key)
+        wrong = {"authorization": "Key " + "0" * 16 + ":wrong"}
+        for _ in range(MAX_TRIES):
+            assert (await it.http.get(url, headers=wrong)).content == b"x"
+        refused(await it.http.get(url, headers=wrong), 429, "overloaded")
+        for right in (key, {}):
+            assert (await it.http.get(url, headers=right)).content == b"x"
+
+
+@run
+async def test_a_download_outlives_its_file(tmp_path: Path) -> None:
+    async with serving_files(tmp_path, upload_limit_bytes=2**25, upload_quota_bytes=2**26) as it:
+        data = b"x" * 20 * 2**20
+        url = await it.put(data)
+        async with it.http.stream("GET", url) as answer:
+            got = [await anext(blocks := answer.aiter_bytes(2**16))]
+            it.clock.now += 1000
+            await it.files.sweep()
+            assert (await it.http.get(url)).status_code == 404
+            got += [block async for block in blocks]
+        assert b"".join(got) == data
+        await until(lambda: not it.files._leaving)
+        assert await it.objects() == []
 
 
 @pytest.mark.points(62)

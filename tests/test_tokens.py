@@ -59,6 +59,7 @@ class Door:
             exception_handlers={LcmError: replies.on_error},
         )
         self.app.state.auth = auth
+        self.app.state.bodies = replies.Bodies()
         self.app.state.service = Counting()
 
     def client(self, key: str | None = None, *, address: str = "127.0.0.1") -> httpx.AsyncClient:

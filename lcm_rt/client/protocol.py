@@ -47,6 +47,7 @@ SILENCE_S = 10.0
 
 WHOLE_BYTES = 16 * 2**20
 """What is larger is uploaded in parts, so that no more than one of them is in memory."""
+OUTAGE_TRIES = 60  # of a status stream, some two minutes: a server may start again
 PART_BYTES = 10 * 2**20
 
 _NONE: Mapping[str, str] = MappingProxyType({})
@@ -202,7 +203,12 @@ class Protocol:
     def stream(self, app: str, message: Mapping[str, Any], *, timeout_s: float | None) -> Flow[EventFeed]:
         ready = yield from self._ready({"sync_mode": True, **message}, timeout_s)
         content = messages.to_json(ready)
-        return EventFeed(self, f"{self.url}/run/{_path(app)}/stream", content, Patience(self._tries, timeout_s))
+        return EventFeed(
+            self,
+            f"{self.url}/run/{_path(app)}/stream",
+            content,
+            Patience(OUTAGE_TRIES if self._tries else 0, timeout_s),
+        )
 
     def submit(
         self,

@@ -264,7 +264,7 @@ class AsyncRealtime:
                 if heard.settled:
                     self._patience = None
                     self._settle(heard.settled)
-                if heard.preview:
+                if heard.preview and self._on_preview:
                     self._show(heard.preview)
         except ConnectionClosed:
             pass

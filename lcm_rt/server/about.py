@@ -219,7 +219,7 @@ ABOUT: dict[Handler, About] = {
         "storage",
         "A file: an answered picture, or an upload",
         {200: "*/*", 206: "*/*", 304: None, 416: shapes.Error},
-        raises=(NotFound, Forbidden, Unavailable),
+        raises=(NotFound, Forbidden, Overloaded, Unavailable),
         parameters=("range", "if-range", "if-none-match"),
         security=("", *_CDN),
     ),

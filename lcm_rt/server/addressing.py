@@ -7,6 +7,7 @@ absolute URLs lie where its client reached us.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
@@ -33,6 +34,7 @@ _HOSTS = {
     "v3.fal.media": "/cdn",
     "fal.media": "/cdn",
 }
+_NETLOC = re.compile(r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?", re.ASCII)
 _GATEWAY = re.compile(r"([a-z0-9-]+)\.gateway\.alpha\.fal\.ai")  # the oldest clients: an application is a host
 _GATEWAY_JOB = re.compile(r"/fal/queue/requests/([^/]+)/(status|response|cancel)(/?)")
 
@@ -53,7 +55,17 @@ def internal_path(host: str, path: str) -> str | None:
 
 def host_of(netloc: str) -> str:
     """A ``Host`` header's name, without its port."""
-    return netloc.rpartition("@")[2].partition(":")[0].lower()
+    return re.sub(r":[0-9]*\Z", "", netloc).lower()
+
+
+def _is_local(host: str) -> bool:
+    """An address, or this machine's own name for itself: no name that somebody else could have point here."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return bool(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +96,15 @@ def address_of(connection: HTTPConnection) -> Address:
 
 
 class Addressing:
-    """ASGI middleware that gives every request the path it has here."""
+    """ASGI middleware that gives every request the path it has here.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        known: names by which this server may be called beside the platform's, localhost and addresses; None is any.
+    """
+
+    def __init__(self, app: ASGIApp, known: frozenset[str] | None = None) -> None:
         self._app = app
+        self._known = known
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
@@ -101,9 +118,15 @@ class Addressing:
 
     def _addressed(self, scope: Scope, headers: Headers) -> Scope:
         path = scope["path"]
+        netloc = headers.get("host", "")
+        if not _NETLOC.fullmatch(netloc):
+            raise BadRequest("the Host header is malformed")
+        host = host_of(netloc)
+        if self._known is not None and not (_is_local(host) or internal_path(host, "/") or host in self._known):
+            raise BadRequest(f"this server does not go by the name {host}; the setting hosts lets it")
         if scope["type"] == "http" and path.rstrip("/") == PROXY_PATH and scope["method"] != "OPTIONS":
             return _retargeted(scope, headers.get(_TARGET))
-        inside = internal_path(host_of(headers.get("host", "")), path)
+        inside = internal_path(host, path)
         if inside is None:
             return scope
         return {**scope, "path": inside, "raw_path": None, "state": {**scope.get("state", {}), "platform_host": True}}

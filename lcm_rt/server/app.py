@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
@@ -51,13 +52,16 @@ logger = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
-    """A row of the route table. ``by_token``: a page's token in the query does instead of a key."""
+    """A row of the route table. ``by_token``: a page's token in the query does instead of a key. ``private``: see
+    ``guarded``.
+    """
 
     methods: str
     path: str
     handler: Handler
     need: Need
     by_token: bool = False
+    private: bool = False
 
 
 ROUTES = [
@@ -76,7 +80,7 @@ ROUTES = [
     ),
     Entry("GET", "/.well-known/jwks.json", jwks.jwks, "open"),
     Entry("GET", "/rest/.well-known/jwks.json", jwks.jwks, "open"),
-    Entry("GET", "/webhooks/secret", jwks.secret, "generate"),
+    Entry("GET", "/webhooks/secret", jwks.secret, "generate", private=True),
     Entry("POST", "/rest/storage/upload/initiate", storage.initiate, "generate"),
     Entry("POST", "/rest/storage/upload/initiate-multipart", storage.initiate, "generate"),
     Entry("POST", "/rest/storage/auth/token", storage.create_token, "generate"),
@@ -161,6 +165,14 @@ def create_service(settings: Settings, store: Store) -> Service:
     return Service(workers, files, loras, metrics, max_side=settings.max_side)
 
 
+def known_hosts(settings: Settings) -> frozenset[str] | None:
+    """The names by which an open server on its machine's own address may be called; None is any.
+
+    A page elsewhere can have its name point at this machine, and would then be of our own origin.
+    """
+    return frozenset(settings.hosts) if settings.is_open and settings.is_loopback else None
+
+
 class Part(Protocol):
     """What works in the background until it is cancelled."""
 
@@ -213,11 +225,15 @@ def create_app(settings: Settings) -> Starlette:
                     task.cancel()
 
     routes: list[Route | WebSocketRoute | Mount] = [
-        Route(entry.path, guarded(entry.handler, entry.need, by_token=entry.by_token), methods=entry.methods.split())
+        Route(
+            entry.path,
+            guarded(entry.handler, entry.need, by_token=entry.by_token, private=entry.private),
+            methods=entry.methods.split(),
+        )
         for entry in ROUTES
     ]
     routes += [
-        WebSocketRoute("/ws/{app:path}", Oneshot(service, limits).serve),
+        WebSocketRoute("/ws/{app:path}", Oneshot(service, realtime, limits).serve),
         WebSocketRoute("/{path:path}", realtime.serve),
     ]
     if WEB_DIR:
@@ -242,17 +258,20 @@ def create_app(settings: Settings) -> Starlette:
                     "x-fal-request-timeout-type",
                 ],
             ),
-            Middleware(Addressing),
+            Middleware(Addressing, known=known_hosts(settings)),
         ],
         exception_handlers={
             LcmError: openai.in_dialect(replies.on_error),
             HTTPException: openai.in_dialect(replies.on_refusal),
+            ClientDisconnect: replies.on_leave,
             Exception: openai.in_dialect(replies.on_crash),
         },
         lifespan=lifespan,
     )
     app.state.settings = settings
     app.state.store = store
+    app.state.ending = asyncio.Event()  # what is under way is given up
+    app.state.bodies = replies.Bodies()
     app.state.service = service
     app.state.files = service.files
     app.state.auth = auth

@@ -22,12 +22,13 @@ Handler = Callable[[Request], Awaitable[Response]]
 _TOKEN = "fal_jwt_token"
 
 
-def guarded(handler: Handler, need: Need, *, by_token: bool = False) -> Handler:
+def guarded(handler: Handler, need: Need, *, by_token: bool = False, private: bool = False) -> Handler:
     """``handler`` behind its ``need``; it finds who asks in ``request.state.principal``, unless that need not be known.
 
     Args:
         by_token: a token in the query does as well as a key, for the app that the path parameter ``app`` names. For
             event streams: a page must not hold a key.
+        private: in open mode, where nobody shows a key, no page of another origin may do it; nor what needs ``admin``.
 
     The handler raises besides its own: Unauthorized, Forbidden, Overloaded, Unavailable.
     """
@@ -41,10 +42,18 @@ def guarded(handler: Handler, need: Need, *, by_token: bool = False) -> Handler:
         principal = await _principal_of(request, request.path_params.get("app", "") if by_token else None)
         if need not in principal.scopes:
             raise Forbidden(f"this key lacks the scope {need!r}")
+        if principal.key is None and (need == "admin" or private) and _is_foreign(request):
+            raise Forbidden("a page of another origin may not do this without a key")
         request.state.principal = principal
         return await handler(request)
 
     return checked
+
+
+def _is_foreign(request: Request) -> bool:
+    """It comes from a page that is not of this server."""
+    origin = request.headers.get("origin")
+    return origin is not None and origin.partition("://")[2] != request.headers.get("host")
 
 
 async def principal_of_socket(websocket: WebSocket, app: str) -> Principal:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lcm_rt.errors import ModelLoading
+from lcm_rt.errors import ModelLoading, Unavailable
 from lcm_rt.metrics import CONTENT_TYPE
-from lcm_rt.server.replies import error_response, json_response
+from lcm_rt.server.replies import error_response, json_response, refuse_while_stopping
 
 
 async def live(request: Request) -> Response:
@@ -25,8 +25,11 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """``GET /health/ready``: 200 once every model has made a picture, else 503 with the reason."""
     workers = request.app.state.service.workers
-    if workers.failure:
+    if workers.failure and request.app.state.auth.is_open:
         return error_response(workers.failure)
+    if workers.failure:  # anybody may ask, and it may name folders of this machine
+        return error_response(Unavailable("a model could not be loaded; the server's log says why"))
+    refuse_while_stopping(request)
     if not workers.is_ready:
         return error_response(ModelLoading(f"the model is loading ({workers.stage})"))
     return json_response({"status": "ok"})

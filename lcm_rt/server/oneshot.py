@@ -17,11 +17,11 @@ import orjson
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from lcm_rt import wire
-from lcm_rt.auth import Principal
-from lcm_rt.errors import LcmError, Overloaded
+from lcm_rt.auth import Auth, Principal
+from lcm_rt.errors import LcmError, Unauthorized
 from lcm_rt.server.addressing import address_of
 from lcm_rt.server.guard import principal_of_socket
-from lcm_rt.server.realtime import Limits
+from lcm_rt.server.realtime import Limits, Realtime
 from lcm_rt.server.replies import error_headers
 from lcm_rt.service import Service
 
@@ -36,45 +36,52 @@ def _begin(work: Coroutine[Any, Any, T], tasks: set[asyncio.Future[Any]]) -> asy
 
 
 class Oneshot:
-    """Accepts such connections under ``/ws``."""
+    """Accepts such connections under ``/ws``; they count among those of ``realtime``, and end with them."""
 
-    def __init__(self, service: Service, limits: Limits) -> None:
+    def __init__(self, service: Service, realtime: Realtime, limits: Limits) -> None:
         self._service = service
+        self._realtime = realtime
         self._limits = limits
-        self._open = 0
 
     async def serve(self, websocket: WebSocket) -> None:
         """The endpoint."""
         await websocket.accept()
         app = websocket.path_params["app"]
         try:
-            if self._open >= self._limits.max_sessions:
-                raise Overloaded(f"{self._limits.max_sessions} connections are open already")
             principal = await principal_of_socket(websocket, app)
             app_model = self._service.model_of_app(app)
+            with self._realtime.place():
+                await self._serve(websocket, principal, app_model)
         except LcmError as error:
             with suppress(WebSocketDisconnect, RuntimeError):
                 await self._send(websocket, *self._failed(error))
                 await websocket.close(1000)
-            return
-        self._open += 1
+
+    async def _serve(self, websocket: WebSocket, principal: Principal, app_model: str) -> None:
+        auth: Auth = websocket.app.state.auth
         tasks: set[asyncio.Future[Any]] = set()
         try:
+            stopping = _begin(self._realtime.draining.wait(), tasks)
             receiving = _begin(websocket.receive(), tasks)
             while True:
-                await asyncio.wait({receiving}, timeout=self._limits.idle_timeout_s)
-                if not receiving.done():
-                    await websocket.close(1000)
+                idle_s = self._limits.idle_timeout_s
+                await asyncio.wait(tasks, timeout=idle_s, return_when=asyncio.FIRST_COMPLETED)
+                if stopping.done() or not receiving.done():
+                    await websocket.close(1001 if stopping.done() else 1000)
                     return
                 event = receiving.result()
                 if event["type"] == "websocket.disconnect":
+                    return
+                if not await auth.holds(principal):
+                    await self._send(websocket, *self._failed(Unauthorized("this key has ended")))
+                    await websocket.close(1000)
                     return
                 frame = event.get("bytes")
                 answering = _begin(
                     self._answer(websocket, event["text"] if frame is None else frame, principal, app_model), tasks
                 )
                 receiving = _begin(websocket.receive(), tasks)
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks - {stopping}, return_when=asyncio.FIRST_COMPLETED)
                 if not answering.done() and receiving.result()["type"] == "websocket.disconnect":
                     return
                 answer = await answering
@@ -83,7 +90,6 @@ class Oneshot:
         except (TimeoutError, WebSocketDisconnect, RuntimeError):
             pass  # it does not read, or starlette's ways to say that it has left
         finally:
-            self._open -= 1
             for task in tasks:
                 task.cancel()
 

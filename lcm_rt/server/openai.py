@@ -30,7 +30,7 @@ from lcm_rt.auth import Principal
 from lcm_rt.errors import InputError, LcmError, NotFound, Overloaded, Unauthorized
 from lcm_rt.server.addressing import address_of
 from lcm_rt.server.replies import error_headers, json_response, read_body
-from lcm_rt.server.run import while_here
+from lcm_rt.server.run import file_lifecycle_of, while_here
 from lcm_rt.service import Service
 from lcm_rt.types import MAX_IMAGES, Format, GenerateInput, GenerateOutput, GenerateResult, Preview
 
@@ -336,13 +336,15 @@ async def _answer(request: Request, said: ImagesInput, wanted: GenerateInput) ->
     service: Service = request.app.state.service
     principal: Principal = request.state.principal
     output = await service.run(wanted, app_model=service.default_model, priority="run", owner=principal.owner)
-    address = address_of(request)
+    address, life = address_of(request), file_lifecycle_of(request)
     entries: list[dict[str, Any]] = []
     for result in output.results:
         if said.is_inline:
             entry = {"b64_json": _base64(result)}
         else:
-            name = await service.files.put(result.image, result.content_type, owner=principal.owner)
+            name = await service.files.put(
+                result.image, result.content_type, owner=principal.owner, ttl_s=life.ttl_s, access=life.access
+            )
             entry = {"url": address.file(name)}
         entries.append({**entry, "seed": result.seed, "nsfw_content_detected": result.flagged})
     first = output.results[0]

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from lcm_rt import wire
@@ -24,12 +24,14 @@ from lcm_rt.errors import BadRequest, NotFound
 from lcm_rt.jobs import TIMED_OUT, Job, Jobs, Log
 from lcm_rt.queue import Queue
 from lcm_rt.server.addressing import address_of
-from lcm_rt.server.replies import json_response, read_body
-from lcm_rt.server.run import STREAM_LINGER_S, file_ttl_of, start_timeout_of
+from lcm_rt.server.replies import json_response, parse_body, read_body, refuse_while_stopping
+from lcm_rt.server.run import LIFECYCLE, STREAM_LINGER_S, start_timeout_of
 from lcm_rt.service import Service
 from lcm_rt.webhooks import Webhooks
 
+PING_S = 5  # how often a quiet stream says that it is there
 MAX_KEY = 255  # characters of an idempotency key
+MAX_LIFECYCLE = 8192  # characters of a lifecycle header; what is cut says nothing any more
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -57,11 +59,11 @@ async def submit(request: Request) -> Response:
     key = headers.get("idempotency-key") or headers.get("x-fal-idempotency-key") or None
     if key is not None and len(key) > MAX_KEY:
         raise BadRequest(f"an idempotency key has at most {MAX_KEY} characters")
-    try:
-        body = await read_body(request)
-    except ClientDisconnect:
-        return Response(status_code=499)  # nobody is there to read it
-    service.model_of(wire.parse_input(wire.decode_json(body)), app_model)
+    refuse_while_stopping(request)
+    body = await read_body(request)
+    wanted = await parse_body(body)
+    service.model_of(wanted, app_model)
+    service.check(wanted)
     address = address_of(request)
     job = await jobs.accept(
         owner=principal.owner,
@@ -72,11 +74,11 @@ async def submit(request: Request) -> Response:
         start_within_s=start_timeout_of(request),
         retries=headers.get("x-fal-no-retry", "").strip().lower() not in ("1", "true"),
         webhook=webhook,
-        file_ttl_s=file_ttl_of(request),
+        lifecycle=headers.get(LIFECYCLE, "")[:MAX_LIFECYCLE] or None,
         idempotency_key=key,
     )
     queue.wake()
-    return json_response(_status(job, address.job(app, job.id), None), headers={"x-fal-request-id": job.id})
+    return json_response(_status(job, address.job(job.app, job.id), None), headers={"x-fal-request-id": job.id})
 
 
 async def status(request: Request) -> Response:
@@ -103,7 +105,7 @@ async def status_stream(request: Request) -> Response:
             job = await queue.wait(job)
         await asyncio.sleep(STREAM_LINGER_S)
 
-    return EventSourceResponse(events(), headers=_headers(request))
+    return EventSourceResponse(events(), headers=_headers(request), ping=PING_S)
 
 
 async def result(request: Request) -> Response:

@@ -7,15 +7,16 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Awaitable
-from contextlib import suppress
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from lcm_rt import wire
-from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Superseded, Unauthorized
+from lcm_rt.auth import Auth, Principal
+from lcm_rt.errors import EngineLost, LcmError, ModelLoading, Overloaded, Superseded, Unauthorized, Unavailable
 from lcm_rt.server.guard import principal_of_socket
 from lcm_rt.service import Ongoing, Service
 from lcm_rt.session import Message, Session
@@ -27,6 +28,9 @@ Frame = bytes | str
 
 DRAIN_S = 4.0
 """How long a stop waits for the pictures of open connections."""
+
+RECHECK_S = 5.0
+"""How long a key that was revoked still works on an open connection."""
 
 _BUFFERING = re.compile(r"[1-9]|[1-5][0-9]|60")  # what the platform's clients let through
 
@@ -68,40 +72,43 @@ class Realtime:
         self._open = 0
         self._empty = asyncio.Event()
         self._empty.set()
-        self._draining = asyncio.Event()
+        self.draining = asyncio.Event()
 
     async def serve(self, websocket: WebSocket) -> None:
         """The endpoint. The handshake never fails: the platform's clients would retry it for ever."""
         await websocket.accept()
         app = app_of_path(websocket.path_params["path"])
         try:
-            if self._open >= self._limits.max_sessions or self._draining.is_set():
-                raise Overloaded(
-                    f"{self._limits.max_sessions} realtime connections are open already, or the server stops"
-                )
             principal = await principal_of_socket(websocket, app)
             model = self._service.model_of_app(app)
+            with self.place():
+                await _Connection(
+                    websocket,
+                    self._service,
+                    name=f"session-{next(self._numbers)}",
+                    principal=principal,
+                    model=model,
+                    max_buffering=max_buffering_of(websocket.query_params.get("max_buffering")),
+                    limits=self._limits,
+                    draining=self.draining,
+                ).run()
         except Unauthorized:
             await self._refuse(websocket, wire.encode_unauthorized())
-            return
         except LcmError as error:
             await self._refuse(websocket, wire.encode_error(error))
-            return
-        connection = _Connection(
-            websocket,
-            self._service,
-            name=f"session-{next(self._numbers)}",
-            owner=principal.owner,
-            model=model,
-            max_buffering=max_buffering_of(websocket.query_params.get("max_buffering")),
-            limits=self._limits,
-            draining=self._draining,
-        )
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among the open connections. Raises: Overloaded: there is none."""
+        if self.draining.is_set():
+            raise Overloaded("the server stops; try again soon, it may be back")
+        if self._open >= self._limits.max_sessions:
+            raise Overloaded(f"{self._limits.max_sessions} realtime connections are open already")
         self._open += 1
         self._empty.clear()
         self._service.metrics.sessions.set(self._open)
         try:
-            await connection.run()
+            yield
         finally:
             self._open -= 1
             if not self._open:
@@ -110,7 +117,7 @@ class Realtime:
 
     async def drain(self) -> None:
         """Close every connection, normally and once its pictures under way are sent; new ones are refused."""
-        self._draining.set()
+        self.draining.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
                 await self._empty.wait()
@@ -133,7 +140,7 @@ class _Connection:
         service: Service,
         *,
         name: str,
-        owner: str,
+        principal: Principal,
         model: str,
         max_buffering: int,
         limits: Limits,
@@ -142,7 +149,8 @@ class _Connection:
         self._websocket = websocket
         self._service = service
         self._name = name
-        self._owner = owner
+        self._principal = principal
+        self._checked_at = time.monotonic()
         self._model = model
         self._session: Session[Frame] = Session(max_buffering)
         self._limits = limits
@@ -190,9 +198,22 @@ class _Connection:
                 raise _Ended("idle") from None
             if event["type"] == "websocket.disconnect":
                 raise _Ended("the client left")
+            if not await self._still_allowed():
+                await self._close(wire.encode_unauthorized())
+                raise _Ended("its key has ended")
             frame = event.get("bytes")
             self._receive(event["text"] if frame is None else frame)
             await asyncio.sleep(0)  # while a flood lies in the buffer, receiving it never yields to the others
+
+    async def _still_allowed(self) -> bool:
+        """Whether the key behind the connection holds; looked at every few seconds, and only while messages come."""
+        if time.monotonic() - self._checked_at < RECHECK_S:
+            return True
+        self._checked_at = time.monotonic()
+        auth: Auth = self._websocket.app.state.auth
+        with suppress(Unavailable):
+            return await auth.holds(self._principal)
+        return True
 
     async def _leave(self) -> None:
         """When the server stops: finish what is under way, then say goodbye in a way that clients connect again."""
@@ -237,7 +258,9 @@ class _Connection:
             data = wire.decode_frame(message.frame)
             wanted = wire.parse_input(data)
             while (output := await self._generate(message, wanted)) is None:
-                await self._service.workers.wait_model(self._service.model_of(wanted, self._model))
+                await self._service.workers.wait_model(
+                    self._service.model_of(wanted, self._model, self._principal.apps)
+                )
                 self._session.unpark(message)
             reply = wire.encode_output(output, wanted, message.frame)
         except Superseded:
@@ -266,7 +289,8 @@ class _Connection:
                 wanted,
                 app_model=self._model,
                 priority="realtime",
-                owner=self._owner,
+                owner=self._principal.owner,
+                apps=self._principal.apps,
                 session=self._name,
                 on_begun=lambda: self._session.begun(message),
                 on_preview=lambda preview: self._preview(message, wanted, preview),

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import orjson
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from lcm_rt import wire
 from lcm_rt.auth import Principal
 from lcm_rt.errors import LcmError
-from lcm_rt.files import lifecycle_of
+from lcm_rt.files import Lifecycle, lifecycle_of
 from lcm_rt.server.addressing import address_of
-from lcm_rt.server.replies import json_response, read_body
+from lcm_rt.server.replies import json_response, parse_body, read_body, refuse_while_stopping, stopping
 from lcm_rt.service import Service
 from lcm_rt.types import GenerateInput, Preview
 
@@ -25,6 +25,7 @@ STREAM_LINGER_S = 0.1
 """How long a stream stays open after its last event: an older client forgets what is buffered at its end."""
 
 LONGEST_START_S = 86400.0
+LIFECYCLE = "x-fal-object-lifecycle-preference"
 
 _MAX_PREVIEWS = 4  # for a client that does not read, more are not kept
 
@@ -34,23 +35,24 @@ T = TypeVar("T")
 async def run(request: Request) -> Response:
     """``POST /run/fal-ai/lcm``: one picture, by URL or inline (``sync_mode``). GET has the input in its query."""
     request.state.headers = headers = {"x-fal-request-id": secrets.token_hex(16)}
-    try:
-        wanted = await _wanted(request)
-    except ClientDisconnect:
-        return Response(status_code=499)  # nobody is there to read it
+    wanted = await _wanted(request)
     answer = await while_here(request, _generate(request, wanted))
     return Response(status_code=499) if answer is None else json_response(answer, headers=headers)
 
 
 async def _wanted(request: Request) -> GenerateInput:
-    data = query_fields(request) if request.method in ("GET", "HEAD") else wire.decode_json(await read_body(request))
-    return wire.parse_input(data)
+    refuse_while_stopping(request)
+    if request.method in ("GET", "HEAD"):
+        return wire.parse_input(query_fields(request))
+    return await parse_body(await read_body(request))
 
 
 def query_fields(request: Request) -> dict[str, Any]:
-    """The input that a query spells: every value is text, which the fields' own types read; a map is JSON."""
-    fields = {name: value for name, value in request.query_params.items() if name != "fal_jwt_token"}
-    return {name: wire.decode_json(value) if value.startswith("{") else value for name, value in fields.items()}
+    """The input that a query spells: every value is text, which the fields' own types read; a size may be JSON."""
+    fields: dict[str, Any] = {name: value for name, value in request.query_params.items() if name != "fal_jwt_token"}
+    if fields.get("image_size", "").startswith("{"):
+        fields["image_size"] = wire.decode_json(fields["image_size"])
+    return fields
 
 
 async def _generate(request: Request, wanted: GenerateInput) -> dict[str, Any]:
@@ -64,8 +66,8 @@ async def _generate(request: Request, wanted: GenerateInput) -> dict[str, Any]:
         owner=principal.owner,
         start_within_s=start_timeout_of(request),
     )
-    address, ttl_s = address_of(request), file_ttl_of(request)
-    return await service.answer(output, wanted, address=address.file, owner=principal.owner, ttl_s=ttl_s)
+    address, lifecycle = address_of(request), file_lifecycle_of(request)
+    return await service.answer(output, wanted, address=address.file, owner=principal.owner, lifecycle=lifecycle)
 
 
 def start_timeout_of(request: Request) -> float | None:
@@ -79,21 +81,29 @@ def start_timeout_of(request: Request) -> float | None:
     return min(seconds, LONGEST_START_S) if seconds > 0 else None
 
 
-def file_ttl_of(request: Request) -> float | None:
-    """Seconds that the client wants its answered pictures kept; None where it says nothing that can be understood."""
-    return lifecycle_of(request.headers.get("x-fal-object-lifecycle-preference")).ttl_s
+def file_lifecycle_of(request: Request) -> Lifecycle:
+    """What the client wishes for its answered pictures: how long they are kept, and who may read them."""
+    return lifecycle_of(request.headers.get(LIFECYCLE))
 
 
 async def while_here(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """What ``work`` gives, or None once the client has hung up, and then the work is cancelled."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
+    """What ``work`` gives, or None once the client has hung up, and then the work is cancelled.
+
+    Raises: Unavailable: the server ends, and cannot wait for it.
+    """
+    working: asyncio.Future[Any] = asyncio.ensure_future(work)
+    leaving: asyncio.Future[Any] = asyncio.ensure_future(_left(request))
+    ending: asyncio.Future[Any] = asyncio.ensure_future(request.app.state.ending.wait())
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        await asyncio.wait({working, leaving, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return cast(T, working.result())
+        if ending.done():
+            raise stopping()
+        return None
     finally:
-        working.cancel()
-        leaving.cancel()
+        for task in (working, leaving, ending):
+            task.cancel()
 
 
 async def _left(request: Request) -> None:
@@ -121,6 +131,7 @@ async def stream(request: Request) -> Response:
         app_model=app_model,
         priority="run",
         owner=principal.owner,
+        apps=principal.apps,
         on_preview=lambda preview: None if previews.full() else previews.put_nowait(preview),
     )
 
@@ -144,7 +155,7 @@ async def stream(request: Request) -> Response:
                         wanted,
                         address=address_of(request).file,
                         owner=principal.owner,
-                        ttl_s=file_ttl_of(request),
+                        lifecycle=file_lifecycle_of(request),
                     )
                 )
             except LcmError as error:

@@ -72,7 +72,10 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Say goodbye to open connections first: uvicorn would close them with a code that looks like a failure."""
-        await self.config.app.state.realtime.drain()  # type: ignore[union-attr]
+        state = self.config.app.state  # type: ignore[union-attr]
+        await state.realtime.drain()
+        # What is still under way then is told so before uvicorn cuts it off.
+        asyncio.get_running_loop().call_later(DRAIN_S - 1, state.ending.set)
         await super().shutdown(sockets)
 
 

@@ -10,6 +10,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +21,7 @@ from starlette.responses import Response, StreamingResponse
 
 from lcm_rt import wire
 from lcm_rt.auth import Auth, Principal
-from lcm_rt.errors import BodyTimeout, Forbidden, InputError, NotFound, Overloaded, Unauthorized
+from lcm_rt.errors import BodyTimeout, Forbidden, InputError, NotFound, Unauthorized
 from lcm_rt.files import File, Files, Lifecycle, Upload, lifecycle_of
 from lcm_rt.objects import BLOCK
 from lcm_rt.server.addressing import address_of
@@ -135,14 +136,16 @@ async def read(request: Request) -> Response:
     blocks = files.stream(file, start, end)
     first = await anext(blocks, b"")  # before anything is answered, as it may be that there is none
     if end - start <= BLOCK:
+        await blocks.aclose()
         return Response(first, status, headers)
     return StreamingResponse(_chained(first, blocks), status, headers)
 
 
 async def _chained(first: bytes, blocks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    yield first
-    async for block in blocks:
-        yield block
+    async with aclosing(blocks):
+        yield first
+        async for block in blocks:
+            yield block
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------
@@ -170,7 +173,7 @@ async def _principal(request: Request) -> Principal:
 async def _reader(request: Request) -> str | None:
     try:
         return (await _principal(request)).owner
-    except (Unauthorized, Forbidden, Overloaded):  # most files are for whoever knows their names
+    except (Unauthorized, Forbidden):  # most files are for whoever knows their names
         return None
 
 
