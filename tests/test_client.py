@@ -785,6 +785,11 @@ def test_a_session_shows_previews(client: Any) -> None:
     assert {preview.request_id for preview in seen} <= {0, 1, 2}
 
 
+def test_previews_that_nobody_looks_at_are_passed_over(client: Any) -> None:
+    with client.realtime() as session:
+        assert session.generate("lake", previews=True, num_inference_steps=3).images
+
+
 def test_a_message_that_is_wrong_does_not_end_a_session(client: Any) -> None:
     with client.realtime() as session:
         with pytest.raises(InputError, match="did you mean"):

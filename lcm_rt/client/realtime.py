@@ -265,17 +265,17 @@ class AsyncRealtime:
                     self._patience = None
                     self._settle(heard.settled)
                 if heard.preview and self._on_preview:
-                    self._show(heard.preview)
+                    _show(heard.preview, self._on_preview)
         except ConnectionClosed:
             pass
         return None
 
-    def _show(self, preview: Preview) -> None:
-        assert self._on_preview
-        try:
-            self._on_preview(preview)
-        except Exception:
-            logger.exception("on_preview failed")
+
+def _show(preview: Preview, on_preview: Callable[[Preview], object]) -> None:
+    try:
+        on_preview(preview)
+    except Exception:
+        logger.exception("on_preview failed")
 
 
 class Realtime:
