@@ -48,7 +48,7 @@ LONGEST_TOKEN_S = 86400.0
 MAX_TRIES = 10
 """Wrong keys from one address in a minute; more are told to wait."""
 
-Kind = Literal["realtime", "cdn", "upload"]
+Kind = Literal["realtime", "cdn"]
 
 _ISSUER = "lcm-rt"
 _GRACE_S = 86400.0  # for an expired token where that is asked for

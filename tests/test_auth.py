@@ -199,7 +199,7 @@ async def test_open_mode_asks_for_nothing(tmp_path: Path) -> None:
         assert (await auth.principal_of_token(of_ann, "realtime", app="lcm")).owner == "ann"
         assert await auth.principal_of_token(of_ann, "realtime", app="other") == Principal()
         with refused():  # what a URL is signed with must be authentic here too
-            auth.claims_of_token("x", "upload")
+            auth.claims_of_token("x", "cdn")
 
 
 @run
@@ -258,7 +258,7 @@ async def test_a_token_stands_for_its_key(database_url: str) -> None:
         claims = auth.claims_of_token(auth.mint(ann, "cdn", lifetime_s=0.5, part=3), "cdn")
         assert (claims["part"], claims["sub"], claims["iat"], claims["exp"]) == (3, "ann", clock.now, clock.now + 1)
         assert auth.claims_of_token(token, "realtime")["jti"] != claims["jti"]
-        long = auth.claims_of_token(auth.mint(ann, "upload", lifetime_s=1e300), "upload")
+        long = auth.claims_of_token(auth.mint(ann, "cdn", lifetime_s=1e300), "cdn")
         assert long["exp"] == clock.now + LONGEST_TOKEN_S
         forged = auth.mint(ann, "cdn", lifetime_s=1, sub="bob", aud="realtime", exp=9e9)
         assert auth.claims_of_token(forged, "cdn")["sub"] == "ann"
@@ -433,9 +433,8 @@ async def test_forged_tokens(tmp_path: Path) -> None:
             with refused():
                 await auth.principal_of_token(words, "realtime", lenient=True)
                 pytest.fail(f"{name} is taken for a token")
-        for kind in ("cdn", "upload"):
-            with refused():
-                await auth.principal_of_token(token, kind)  # type: ignore[arg-type]
+        with refused():
+            await auth.principal_of_token(token, "cdn")
         assert (await auth.principal_of_token(signed_by_hand({"alg": "HS256"}, good, secret), "realtime")).key
         # A kid that names our key changes nothing: there is one secret, and the token does not say where it lies.
         await auth.principal_of_token(sign(good, secret, headers={"kid": "../../etc/passwd"}), "realtime")

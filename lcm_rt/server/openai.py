@@ -22,7 +22,7 @@ from python_multipart.multipart import File as FilePart
 from python_multipart.multipart import FormParser, parse_options_header
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from lcm_rt import wire
@@ -126,20 +126,14 @@ class ImagesInput(BaseModel):
 async def generations(request: Request) -> Response:
     """``POST /v1/images/generations``: pictures of a prompt."""
     _name(request)
-    try:
-        fields = wire.decode_json(await read_body(request))
-    except ClientDisconnect:
-        return Response(status_code=499)
+    fields = wire.decode_json(await read_body(request))
     return await _paint(request, "image_generation", fields, {})
 
 
 async def edits(request: Request) -> Response:
     """``POST /v1/images/edits``: a form with a picture, perhaps a mask whose transparent parts are painted anew."""
     _name(request)
-    try:
-        form = await _read_form(request)
-    except ClientDisconnect:
-        return Response(status_code=499)
+    form = await _read_form(request)
     files: dict[str, Any] = {"image_bytes": form.file("image", "image[]"), "mask_alpha": True}
     if files["image_bytes"] is None:
         raise InputError("image", "there is no picture to edit", "missing")

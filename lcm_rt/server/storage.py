@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 import orjson
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from lcm_rt import wire
@@ -63,7 +63,8 @@ async def initiate(request: Request) -> Response:
 async def put(request: Request) -> Response:
     """``PUT /upload/{name}?signature=``: the whole file."""
     upload = Upload(request.path_params["name"], request.query_params.get("signature", ""))
-    return await _write(request, upload) or Response()
+    await _write(request, upload)
+    return Response()
 
 
 async def put_part(request: Request) -> Response:
@@ -95,7 +96,8 @@ async def create_token(request: Request) -> Response:
 async def upload(request: Request) -> Response:
     """``POST /files/upload``: the whole file, with a token or a key."""
     begun = await _begin(request)
-    return await _write(request, begun) or json_response({"access_url": address_of(request).file(begun.name)})
+    await _write(request, begun)
+    return json_response({"access_url": address_of(request).file(begun.name)})
 
 
 async def upload_parts(request: Request) -> Response:
@@ -195,23 +197,16 @@ def _lifecycle(request: Request) -> Lifecycle:
     return lifecycle_of(headers.get("x-fal-object-lifecycle") or headers.get("x-fal-object-lifecycle-preference"))
 
 
-async def _write(request: Request, upload: Upload) -> Response | None:
-    """Take the whole file; an answer only where nobody is there to read it."""
-    try:
-        await _files(request).write(upload, _body(request), length=_length(request))
-    except ClientDisconnect:
-        return Response(status_code=499)
-    return None
+async def _write(request: Request, upload: Upload) -> None:
+    """Take the whole file."""
+    await _files(request).write(upload, _body(request), length=_length(request))
 
 
 async def _write_part(request: Request, upload: Upload) -> Response:
     number = request.path_params["number"]
     if not re.fullmatch("[0-9]{1,9}", number, re.ASCII):
         raise NotFound("there is no such path")
-    try:
-        md5 = await _files(request).write_part(upload, int(number), _body(request), length=_length(request))
-    except ClientDisconnect:
-        return Response(status_code=499)
+    md5 = await _files(request).write_part(upload, int(number), _body(request), length=_length(request))
     etag = f'"{md5}"'
     return json_response({"partNumber": int(number), "etag": etag}, headers={"etag": etag})
 
