@@ -9,15 +9,17 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import msgpack
 import orjson
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lcm_rt.errors import ImageError, InputError, LcmError
 from lcm_rt.types import GenerateInput, GenerateOutput, GenerateResult, Preview, is_request_id
+
+Model = TypeVar("Model", bound=BaseModel)
 
 MAX_MESSAGE_BYTES = 32 * 2**20
 
@@ -78,13 +80,18 @@ def _decode_msgpack(frame: bytes) -> Any:
 
 
 def parse_input(data: Any) -> GenerateInput:
-    """Validate a client's map.
+    """Validate a client's map. Raises: InputError, as ``parse``."""
+    return parse(GenerateInput, data)
+
+
+def parse(kind: type[Model], data: Any) -> Model:
+    """Validate what a client says as a ``kind``.
 
     Raises:
         InputError: names the first field that is wrong; ``detail()`` has one entry for each.
     """
     try:
-        return GenerateInput.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first, *others = error.errors(include_url=False, include_context=False, include_input=False)
         raise InputError(

@@ -72,7 +72,6 @@ def _is_local(host: str) -> bool:
 class Address:
     """Where the client that asks reaches our services; no slash at the end of any."""
 
-    run: str
     queue: str
     cdn: str
 
@@ -90,9 +89,9 @@ def address_of(connection: HTTPConnection) -> Address:
     host = connection.headers.get("host", "localhost")
     if connection.scope.get("state", {}).get("platform_host"):
         port = f":{host.rpartition(':')[2]}" if ":" in host else ""
-        return Address(f"{scheme}://fal.run{port}", f"{scheme}://queue.fal.run{port}", f"{scheme}://v3.fal.media{port}")
+        return Address(f"{scheme}://queue.fal.run{port}", f"{scheme}://v3.fal.media{port}")
     origin = f"{scheme}://{host}"
-    return Address(f"{origin}/run", f"{origin}/queue", origin)
+    return Address(f"{origin}/queue", origin)
 
 
 class Addressing:

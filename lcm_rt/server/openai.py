@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field as TextPart
 from python_multipart.multipart import File as FilePart
@@ -287,7 +287,7 @@ async def _read_form(request: Request) -> _Form:
 async def _paint(request: Request, kind: str, fields: Any, files: dict[str, Any]) -> Response:
     """Answer ``fields`` of a client; ``files`` are fields of our own input that it cannot say otherwise."""
     service: Service = request.app.state.service
-    said = _said(fields)
+    said = wire.parse(ImagesInput, fields)
     ours = files | {name: fields[name] for name in EXTENSIONS if fields.get(name) is not None}
     ours |= {
         "prompt": said.prompt,
@@ -306,15 +306,6 @@ async def _paint(request: Request, kind: str, fields: Any, files: dict[str, Any]
         raise InputError("partial_images", "needs stream")
     answer = await while_here(request, _answer(request, said, wanted))
     return Response(status_code=499) if answer is None else json_response(answer, headers=request.state.headers)
-
-
-def _said(fields: Any) -> ImagesInput:
-    try:
-        return ImagesInput.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else "body"
-        raise InputError(field, first["msg"], first["type"]) from None
 
 
 def _served(name: str | None, service: Service) -> str | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from lcm_rt import wire
 from lcm_rt.auth import Auth
-from lcm_rt.errors import InputError
 from lcm_rt.server.replies import json_response, read_body
 
 _MAX_BODY = 2**16
@@ -27,15 +26,8 @@ class TokenInput(BaseModel):
 
 async def create_token(request: Request) -> Response:
     """``POST /tokens/``: a token for realtime connections and event streams, as a JSON string and nothing else."""
-    wish = _parse(await read_body(request, _MAX_BODY))
+    body = await read_body(request, _MAX_BODY)
+    wish = wire.parse(TokenInput, wire.decode_json(body) if body.strip() else {})
     auth: Auth = request.app.state.auth
     token = auth.mint(request.state.principal, "realtime", lifetime_s=wish.token_expiration, apps=wish.allowed_apps)
     return json_response(token)
-
-
-def _parse(body: bytes) -> TokenInput:
-    try:
-        return TokenInput.model_validate(wire.decode_json(body) if body.strip() else {})
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise InputError(".".join(map(str, first["loc"])) or "body", first["msg"], first["type"]) from None
