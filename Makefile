@@ -1,4 +1,4 @@
-# make run     set up what is missing, then serve      (HOST=127.0.0.1 PORT=8000 ARGS="--compile")
+# make run     set up what is missing, then serve      (HOST=127.0.0.1 PORT=8000 ARGS="--keys")
 # make test    set up what is missing, then test       (ARGS="-k session")
 # make check   format, lint, types, layers
 
@@ -11,7 +11,7 @@ LOCK := deploy/requirements.lock
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(LOCK)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format lock bench
+.PHONY: help setup run test check format lock bench bench-gpu bench-peers soak
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -22,11 +22,15 @@ help:
 
 # The stamps say which set of packages is installed, and are older than the lock once it changes.
 .venv/engine: pyproject.toml $(LOCK) | .venv/bin/python
-	$(PIP) --editable '.[engine]'
+	$(PIP) --editable '.[engine,openvino]'
+	@touch $@
+
+.venv/bench: .venv/engine
+	$(PIP) --editable '.[engine,openvino,bench]'
 	@touch $@
 
 .venv/dev: .venv/engine
-	$(PIP) --editable '.[engine,dev]'
+	$(PIP) --editable '.[engine,openvino,bench,dev]'
 	@touch $@
 
 # What tests need beside Python: a browser, Node and its packages, PostgreSQL.
@@ -55,12 +59,24 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Against a running server: make bench ARGS="--url http://localhost:8000 --sessions 8"
-bench: .venv/engine
-	$(BIN)/python benchmarks/realtime.py $(ARGS)
+# Against a running server: make bench ARGS="--sessions 8 --trace recorded"
+bench: .venv/bench
+	$(BIN)/lcm-rt bench serve $(ARGS)
+
+# All goals for one GPU, 20 minutes; run again to go on: make bench-gpu ARGS="--output benchmarks/results/gpu.json"
+bench-gpu: .venv/bench
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+# Others beside us, 12 minutes; once before it: make bench-peers ARGS=--install
+bench-peers: .venv/bench
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+# Half an hour of mixed load: does memory stay, and the delay?
+soak: .venv/bench
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 # Resolve everything anew and write down what came out.
 lock: .venv/dev
-	$(BIN)/python -m pip install --upgrade --editable '.[engine,dev]'
+	$(BIN)/python -m pip install --upgrade --editable '.[engine,openvino,bench,dev]'
 	{ head -n 1 $(LOCK); $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > $(LOCK).new
 	mv $(LOCK).new $(LOCK)

@@ -11,13 +11,13 @@ import contextlib
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgpack
 
 MAX_BUFFER_BYTES = 512 * 2**20
-_READ_BYTES = 2**20
+_READ_BYTES = 2**18
 
 Message = dict[str, Any]
 
@@ -60,35 +60,55 @@ class Channel:
                 yield from unpacker
 
 
-class AsyncChannel:
-    """The front's end."""
+class AsyncChannel(asyncio.BufferedProtocol):
+    """The front's end.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    Args:
+        handle: is called with each message as it comes; what it raises ends the channel.
+    """
+
+    def __init__(self, handle: Callable[[Message], None]) -> None:
+        self._handle = handle
         self._unpacker = _unpacker()
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._transport: asyncio.Transport
+        self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    async def open(cls, end: socket.socket) -> AsyncChannel:
+    async def open(cls, end: socket.socket, handle: Callable[[Message], None]) -> AsyncChannel:
         end.setblocking(False)
-        return cls(*await asyncio.open_unix_connection(sock=end, limit=_READ_BYTES))
+        loop = asyncio.get_running_loop()
+        _, channel = await loop.create_unix_connection(lambda: cls(handle), sock=end)
+        return channel
 
     def send(self, message: Message) -> None:
         """Queue a message; requests in flight are bounded by the caller, so the buffer is too."""
-        self._writer.write(msgpack.packb(message))
+        self._transport.write(msgpack.packb(message))
 
-    async def receive(self) -> list[Message]:
-        """The next messages; empty once the engine process is gone."""
-        while True:
-            try:
-                data = await self._reader.read(_READ_BYTES)
-            except ConnectionError:
-                return []
-            if not data:
-                return []
-            self._unpacker.feed(data)
-            if messages := list(self._unpacker):
-                return messages
+    async def wait_closed(self) -> None:
+        """Wait until the engine process is gone. Raises: what ``handle`` raised, or the fault of a broken message."""
+        await self._end
 
     def close(self) -> None:
-        self._writer.close()
+        self._transport.close()
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._unpacker.feed(self._buffer[:nbytes])
+        for message in self._unpacker:
+            self._handle(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._end.done():
+            return  # nobody waits for it any more
+        if exc is None or isinstance(exc, ConnectionError):
+            self._end.set_result(None)
+        else:
+            self._end.set_exception(exc)

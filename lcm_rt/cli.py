@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 import typer
 
 import lcm_rt
+from lcm_rt.bench.commands import bench
 
 if TYPE_CHECKING:
     from lcm_rt import hub, transfer
@@ -45,8 +46,9 @@ Safety = Annotated[bool | None, typer.Option("--safety/--no-safety", help="With 
 Controlnet = Annotated[
     bool | None, typer.Option("--controlnet/--no-controlnet", help="With the inpainting ControlNets.")
 ]
-Compile = Annotated[
-    bool | None, typer.Option("--compile/--no-compile", help="Compile the networks: slower start, faster pictures.")
+Backend = Annotated[
+    Literal["auto", "eager", "inductor", "openvino"] | None,
+    typer.Option(help="How networks run, once that is made ready.  [default: auto]"),
 ]
 
 
@@ -70,6 +72,9 @@ def _settings(**given: Any) -> Any:
         fail(str(error))
 
 
+app.add_typer(bench, name="bench")
+
+
 @app.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
@@ -77,7 +82,7 @@ def serve(
     data_dir: Annotated[Path | None, typer.Option(help="Where answered pictures are kept.")] = None,
     model: Models = None,
     device: Device = None,
-    compile: Compile = None,
+    backend: Backend = None,
     vae: VaeChoice = None,
     safety: Safety = None,
     controlnet: Controlnet = None,
@@ -102,7 +107,7 @@ def serve(
         data_dir=data_dir,
         models=model,
         device=device,
-        compile=compile,
+        backend=backend,
         vae=vae,
         safety=safety,
         controlnet=controlnet,
@@ -143,7 +148,7 @@ def generate(
     size: Annotated[str | None, typer.Option(metavar="WxH", help="[default: the picture's, or the model's]")] = None,
     model: Models = None,
     device: Device = None,
-    compile: Compile = None,
+    backend: Backend = None,
     vae: VaeChoice = None,
     safety: Safety = None,
 ) -> None:
@@ -175,7 +180,7 @@ def generate(
         fields["image_size"] = {"width": width, "height": height}
     try:
         wanted = wire.parse_input(fields)
-        settings = _settings(models=model, device=device, compile=compile, vae=vae, safety=safety)
+        settings = _settings(models=model, device=device, backend=backend, vae=vae, safety=safety)
         done = asyncio.run(_generate(wanted, settings))
     except LcmError as error:
         fail(str(error))

@@ -15,11 +15,13 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from lcm_rt.cache import Cache, Counts, content_key, tally
 from lcm_rt.errors import ImageError, InputError
 from lcm_rt.types import MAX_SIDE, Format, GenerateRequest
 
@@ -30,6 +32,7 @@ MIN_SIDE = 64
 GRID = 8  # px; one latent of the VAEs served here
 PADDING = 32  # px around the mask that ``inpaint_mask_only`` paints from
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow's other decoders are seldom used and seldom looked at.
+CANVAS_BYTES = 64 * 2**20  # of decoded pictures: 80 of 512x512, so that a few cameras do not push out a typist's sketch
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,8 @@ class Canvas:
     """What to paint on: a size, perhaps a picture (H, W, 3), perhaps a mask (H, W) that is True where to paint.
 
     With an overlay, picture and mask are only a region of the input, enlarged, and the overlay pastes the result back.
+    ``digest`` is of all that decides the picture's pixels: canvases with the same one have equal pictures, whatever
+    their masks.
     """
 
     width: int
@@ -69,6 +74,31 @@ class Canvas:
     image: npt.NDArray[np.uint8] | None = None
     mask: npt.NDArray[np.bool_] | None = None
     overlay: Overlay | None = None
+    digest: bytes | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        arrays = [self.image, self.mask, *([self.overlay.picture, self.overlay.mask] if self.overlay else [])]
+        return sum(array.nbytes for array in arrays if array is not None)
+
+
+class Canvases:
+    """What ``read_canvas`` made of the files that came last: who types over a fixed sketch sends it with each key.
+
+    Any thread may ask. Those who send the same files share a canvas, whose arrays cannot be written to.
+    """
+
+    def __init__(self, counts: Counts, max_bytes: int = CANVAS_BYTES) -> None:
+        self._kept: Cache[Canvas] = Cache(max_bytes, lambda canvas: canvas.nbytes, tally(counts, "canvas"))
+
+    def read(self, request: GenerateRequest, default_side: int) -> Canvas:
+        """As ``read_canvas``; the same files, taken the same way, are decoded once. Raises: as ``read_canvas``."""
+        if request.image is None:
+            return read_canvas(request, default_side)
+        facts = (request.size, request.max_side, request.mask_alpha, request.inpaint_mask_only)
+        key = content_key(facts, request.image, request.mask)
+        return self._kept.get_or_make(key, lambda: read_canvas(request, default_side))
 
 
 def read_canvas(request: GenerateRequest, default_side: int) -> Canvas:
@@ -96,14 +126,21 @@ def read_canvas(request: GenerateRequest, default_side: int) -> Canvas:
     if min(size) < MIN_SIDE:
         raise ImageError("image", f"{_times(image.size)} pixels is too small: no side of the result may be under 64")
     image = _fit(image, scaled, size)
+    digest = content_key((request.size, request.max_side), request.image)
     if mask is None:
-        return Canvas(*size, np.array(image))
+        return Canvas(*size, _fixed(np.array(image)), digest=digest)
     mask, overlay = _fit(mask, scaled, size), None
     if request.inpaint_mask_only:
         region = _region(mask)
-        overlay = Overlay(np.array(image), np.array(mask.crop(region)), region)
+        overlay = Overlay(_fixed(np.array(image)), _fixed(np.array(mask.crop(region))), region)
         image, mask = _place(image.crop(region), size), _place(mask.crop(region), size)
-    return Canvas(*size, np.array(image), np.array(mask) >= 128, overlay)
+        digest = content_key((digest, request.mask_alpha), request.mask)
+    return Canvas(*size, _fixed(np.array(image)), _fixed(np.array(mask) >= 128), overlay, digest)
+
+
+def _fixed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    array.setflags(write=False)  # many requests may share it
+    return array
 
 
 def encode_picture(pixels: npt.NDArray[np.uint8], format: Format, quality: int) -> tuple[bytes, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -37,6 +40,16 @@ class Metrics:
         self.flagged = Counter("lcm_rt_flagged", "Pictures that the safety checker blacked out", registry=r)
         self.webhooks = Counter("lcm_rt_webhooks", "Tries to deliver webhooks", ["outcome"], registry=r)
         self.file_bytes = Gauge("lcm_rt_file_bytes", "Bytes of answered pictures on disk", registry=r)
+        self.cache_lookups = Counter(
+            "lcm_rt_cache_lookups", "Look-ups of what was made before", ["cache", "outcome"], registry=r
+        )
+        self.forwards = Counter("lcm_rt_forwards", "Forwards of the UNets, by the way they ran", ["way"], registry=r)
+
+    def add(self, counts: Iterable[Sequence[Any]]) -> None:
+        """Add what an engine process counted: rows of "cache", its name, "hit" or "miss", and a number, or of
+        "forward", its way, and a number."""
+        for kind, *labels, number in counts:
+            {"cache": self.cache_lookups, "forward": self.forwards}[kind].labels(*labels).inc(number)
 
     def value(self, name: str, **labels: str) -> float:
         """The present value of one sample, such as ``lcm_rt_messages_total``; 0 if nothing was counted."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 from lcm_rt import wire
@@ -15,6 +18,7 @@ from lcm_rt.errors import ImageError, InputError, NotFound, RequestTimeout
 from lcm_rt.files import Files, Lifecycle
 from lcm_rt.loras import Loras
 from lcm_rt.metrics import Metrics
+from lcm_rt.repeats import Repeats
 from lcm_rt.types import (
     MAX_SEED,
     GenerateInput,
@@ -33,9 +37,12 @@ PLATFORM_MODELS = frozenset({"sdv1-5", "sdxl"})
 class Ongoing:
     """A generation under way, to be awaited by ``output`` and steered meanwhile."""
 
-    def __init__(self, parts: list[Generation], wanted: GenerateInput) -> None:
+    def __init__(
+        self, parts: list[Generation], wanted: GenerateInput, keep: Callable[[list[GenerateResult]], None] | None = None
+    ) -> None:
         self._parts = parts
         self._wanted = wanted
+        self._keep = keep
 
     def supersede(self) -> None:
         """Drop it unless one of its pictures has begun."""
@@ -53,6 +60,8 @@ class Ongoing:
         except BaseException:
             self.cancel()
             raise
+        if self._keep:
+            self._keep(results)
         return GenerateOutput(results, self._wanted.prompt, self._wanted.request_id)
 
     def cancel(self) -> None:
@@ -62,6 +71,17 @@ class Ongoing:
             part.result.cancel()
 
 
+class _Repeat(Ongoing):
+    """A generation that was finished before it began: there is nothing to drop."""
+
+    def __init__(self, results: list[GenerateResult], wanted: GenerateInput) -> None:
+        super().__init__([], wanted)
+        self._results = results
+
+    async def output(self) -> GenerateOutput:
+        return GenerateOutput(self._results, self._wanted.prompt, self._wanted.request_id)
+
+
 def _as_spelt(field: str, wanted: GenerateInput) -> str:
     """The name under which the client gave the picture that the engine calls ``image`` or ``mask``."""
     names = (f"{field}_bytes", field, f"{field}_url")
@@ -69,14 +89,31 @@ def _as_spelt(field: str, wanted: GenerateInput) -> str:
 
 
 class Service:
-    """Resolves what a client wants into requests, and hands them to the engine."""
+    """Resolves what a client wants into requests, and hands them to the engine.
 
-    def __init__(self, workers: Workers, files: Files, loras: Loras, metrics: Metrics, *, max_side: int) -> None:
+    Args:
+        max_side: of a picture that may be asked for.
+        repeat_bytes: of finished pictures that are kept for those who ask for the same again.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        files: Files,
+        loras: Loras,
+        metrics: Metrics,
+        *,
+        max_side: int,
+        repeat_bytes: int,
+    ) -> None:
         self.workers = workers
         self.files = files
         self.loras = loras
         self.metrics = metrics
+        # To find a metric's child by its labels takes longer than to count.
+        self._pictures, self._seconds = cache(metrics.pictures.labels), cache(metrics.seconds.labels)
         self._max_side = max_side
+        self._repeats = Repeats(repeat_bytes, metrics)
         self._runs = itertools.count(1)
         self.default_model = next(iter(workers.models))
 
@@ -135,6 +172,8 @@ class Service:
     ) -> Ongoing:
         """Resolve ``wanted`` and submit it; its pictures have the seeds seed, seed+1, ...
 
+        What its owner asked for before, with the same seed, is not made again: it begins, and is done, at once.
+
         Args:
             owner: whose it is, for what only its owner may read, and for fairness.
             apps: as for ``model_of``. session: the realtime connection.
@@ -177,8 +216,18 @@ class Service:
             owner=self._party(owner, session),
             max_side=self._max_side,
         )
+        key, begun_at = None, time.perf_counter()
+        if wanted.seed is not None:  # a seed that was drawn here is asked for again too seldom to keep what it made
+            load = self.workers.models[model].loads
+            key = self._repeats.key(request, count=wanted.num_images, owner=owner, load=load)
+        if key and (results := self._repeats.find(key)):
+            if on_begun:
+                on_begun()
+            seconds = time.perf_counter() - begun_at
+            timings = {"repeat": seconds, "total": seconds}  # not those of the first time, nor its company
+            return _Repeat([replace(result, timings=timings, batch=0) for result in results], wanted)
         parts = self.workers.submit(request, on_begun, on_preview, count=wanted.num_images)
-        return Ongoing(parts, wanted)
+        return Ongoing(parts, wanted, partial(self._repeats.keep, key) if key else None)
 
     def _party(self, owner: str, session: str | None) -> str:
         """Who shares the rows fairly: owners of keys; without keys, each connection and each request by itself."""
@@ -204,11 +253,12 @@ class Service:
     def count(self, output: GenerateOutput, priority: Priority) -> None:
         """Put a finished generation into the metrics."""
         for result in output.results:
-            self.metrics.pictures.labels(result.model, priority).inc()
-            self.metrics.batch.observe(result.batch)
+            self._pictures(result.model, priority).inc()
+            if result.batch:
+                self.metrics.batch.observe(result.batch)
             self.metrics.flagged.inc(result.flagged)
             for stage, seconds in result.timings.items():
-                self.metrics.seconds.labels(stage).observe(seconds)
+                self._seconds(stage).observe(seconds)
 
     async def run(
         self,

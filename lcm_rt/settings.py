@@ -28,6 +28,10 @@ def _default_data_dir() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lcm-rt"
 
 
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcm-rt"
+
+
 class Settings(BaseSettings):
     """Every setting of a server, with its default."""
 
@@ -55,7 +59,14 @@ class Settings(BaseSettings):
         description="Models to serve; the first is the default. A variable separates by comma.",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    compile: bool = Field(False, description="torch.compile the networks: slower start, faster pictures.")
+    backend: Literal["auto", "eager", "inductor", "openvino"] = Field(
+        "auto",
+        description="How networks run: auto is inductor (torch.compile) with CUDA graphs on a GPU, on a CPU openvino "
+        "where it is installed. Models answer eagerly until that is made.",
+    )
+    cache_dir: Path = Field(
+        default_factory=_default_cache_dir, description="Where compiled and converted networks are kept."
+    )
     threads: int | None = Field(None, ge=1, description="Threads of a CPU's arithmetic; by default torch's choice.")
     vae: Literal["tiny", "full"] | None = Field(
         None, description="tiny decodes in a fraction of the time, full draws finer; by default tiny where known."
@@ -64,6 +75,9 @@ class Settings(BaseSettings):
     controlnet: bool = Field(True, description="Load the models' inpainting ControlNets, where they have one.")
     memory_mb: int | None = Field(
         None, ge=1, description="What the weights of all models may take; the ones longest unused make room."
+    )
+    repeat_mb: int = Field(
+        64, ge=0, description="Most that finished pictures may take that are kept for exact repeats; 0 keeps none."
     )
     max_side: int = Field(1024, ge=64, le=LARGEST_SIDE, description="Largest side of a picture that may be asked for.")
     max_rows: int = Field(8, ge=1, le=64, description="Pictures that are denoised at a time; also the largest batch.")
@@ -96,7 +110,7 @@ class Settings(BaseSettings):
         4096, ge=1, description="Most that fetched LoRAs may take on disk; unused ones go first."
     )
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "cache_dir")
     @classmethod
     def _expand(cls, path: Path) -> Path:
         return path.expanduser().resolve()

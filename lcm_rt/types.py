@@ -191,8 +191,8 @@ class GenerateRequest:
 class GenerateResult:
     """One finished picture, as the bytes of a file.
 
-    ``timings`` are seconds per stage; ``batch`` is the largest number of rows that a forward of it had. ``flagged``:
-    the safety checker took it for unsafe, and it is black.
+    ``timings`` are seconds per stage; ``batch`` is the largest number of rows that a forward of it had, 0 for a repeat,
+    which had none. ``flagged``: the safety checker took it for unsafe, and it is black.
     """
 
     image: bytes

@@ -6,7 +6,6 @@ frames are always JSON text, because the platform's older clients hand every bin
 
 from __future__ import annotations
 
-import base64
 import binascii
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from urllib.parse import unquote_to_bytes
 
 import msgpack
 import orjson
+import pybase64
 from pydantic import BaseModel, ValidationError
 
 from lcm_rt.errors import ImageError, InputError, LcmError
@@ -26,7 +26,7 @@ MAX_MESSAGE_BYTES = 32 * 2**20
 MAX_ELEMENTS = 20_000
 _MAX_CONTAINERS = 256  # a megabyte of nested empty arrays would be seventy of objects
 _MAX_PERCENT_BYTES = 2**16  # percent-encoding is for short texts, and slow
-_SLICE = 2**20  # base64 characters decoded in one go, a millisecond's work; a multiple of 4
+_SLICE = 2**22  # base64 characters decoded in one go, less than a millisecond's work; a multiple of 4
 
 
 def decode_frame(frame: bytes | str) -> dict[str, Any]:
@@ -43,14 +43,29 @@ def decode_frame(frame: bytes | str) -> dict[str, Any]:
 
 def decode_json(text: bytes | str) -> Any:
     """JSON of any shape. Raises: InputError: malformed, too deep or too many elements."""
-    marks = (",", "[", "{") if isinstance(text, str) else (b",", b"[", b"{")
-    # Each of them may become an object of a hundred bytes. A message has a few dozen, and pictures have none.
-    if sum(map(text.count, marks)) > MAX_ELEMENTS:  # type: ignore[arg-type]
+    if _has_many(text):
         raise InputError("body", f"has more than {MAX_ELEMENTS} elements", "too_long")
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise InputError("body", "is not valid JSON", "json_invalid") from error
+
+
+def _has_many(text: bytes | str) -> bool:
+    """More than ``MAX_ELEMENTS`` of what may each become an object of a hundred bytes."""
+    marks: tuple[Any, ...] = (",", "[", "{") if isinstance(text, str) else (b",", b"[", b"{")
+    if len(text) <= MAX_ELEMENTS:
+        return False
+    # A message has a few dozen, and pictures have none. To skip those is many times as fast as to count in them.
+    few = 100
+    for mark in marks:
+        at = text.find(mark)
+        while at >= 0:
+            few -= 1
+            if not few:
+                return sum(map(text.count, marks)) > MAX_ELEMENTS
+            at = text.find(mark, at + 1)
+    return False
 
 
 def _decode_msgpack(frame: bytes) -> Any:
@@ -119,13 +134,13 @@ def read_data_uri(field: str, uri: str) -> Iterator[bytes]:
     data = data.strip()
     try:
         for start in range(0, len(data), _SLICE):
-            yield base64.b64decode(data[start : start + _SLICE], validate=True)
+            yield pybase64.b64decode(data[start : start + _SLICE], validate=True)
     except (binascii.Error, ValueError):
         raise ImageError(field, "this data URI is not valid base64") from None
 
 
 def data_uri(picture: GenerateResult | Preview) -> str:
-    return f"data:{picture.content_type};base64,{base64.b64encode(picture.image).decode()}"
+    return f"data:{picture.content_type};base64,{pybase64.b64encode_as_string(picture.image)}"
 
 
 def output_fields(output: GenerateOutput) -> dict[str, Any]:

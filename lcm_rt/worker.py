@@ -14,11 +14,13 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lcm_rt.cache import Counts, Gains
 from lcm_rt.catalog import Choice, ModelSpec
 from lcm_rt.channel import Channel, Message
 from lcm_rt.errors import (
@@ -31,14 +33,15 @@ from lcm_rt.errors import (
     Unavailable,
     to_wire,
 )
-from lcm_rt.images import Canvas, encode_picture, read_canvas
+from lcm_rt.images import Canvas, Canvases, encode_picture
 from lcm_rt.scheduler import Scheduler
+from lcm_rt.steptable import StepTable
 from lcm_rt.types import GenerateRequest
 
 if TYPE_CHECKING:
     from lcm_rt.engine.adapters import Adapter
     from lcm_rt.engine.engine import Engine, Picture
-    from lcm_rt.engine.trajectory import Trajectory
+    from lcm_rt.engine.trajectory import Bucket, Trajectory
     from lcm_rt.hub import Parts
 
 logger = logging.getLogger(__name__)
@@ -63,12 +66,17 @@ class Ticket:
 
     key: int
     request: GenerateRequest
+    bucket: Bucket
     canvas: Canvas
     adapter: Adapter | None
     received_at: float
     timings: dict[str, float] = field(default_factory=dict)
     batch: int = 0
     shown: Future[None] | None = None  # its last preview, which leaves before its result
+
+    @property
+    def area(self) -> int:
+        return self.bucket.area
 
 
 @dataclass(slots=True)
@@ -86,6 +94,9 @@ class Room:
     size: int
     made: threading.Event = field(default_factory=threading.Event)
 
+
+Pictures = Callable[[], "list[Picture | LcmError]"]
+"""Waits until they are made; may be asked by several."""
 
 STAY_S = 3.0
 """How long a model that was loaded stays, however many others want its room: else nobody would get a picture."""
@@ -109,7 +120,11 @@ class Worker:
         self._engine = engine
         self._channel = channel
         self._specs = {spec.name: spec for spec in specs}
-        self._scheduler: Scheduler[Ticket, Trajectory] = Scheduler(max_rows, engine.max_area)
+        self._table = StepTable()
+        counts: Counts = Counter()
+        self._gains = Gains(counts)
+        self._canvases = Canvases(counts)
+        self._scheduler: Scheduler[Ticket, Trajectory] = Scheduler(max_rows, engine.max_area, self._table)
         self._inbox: queue.SimpleQueue[Message | Ticket | Undecoded | Room] = queue.SimpleQueue()
         self._decoding: set[int] = set()
         self._tickets: dict[int, Ticket] = {}
@@ -121,6 +136,8 @@ class Worker:
         self._encoders = ThreadPoolExecutor(2, "encode")
         self._finders = ThreadPoolExecutor(2, "find")  # they may download for hours, and other models shall not wait
         self._loader = ThreadPoolExecutor(1, "load")
+        self._tuner = ThreadPoolExecutor(1, "tune")  # it may take minutes, and other models shall not wait
+        self._tuning: set[tuple[str, tuple[int, int] | None]] = set()
 
     def post(self, message: Message) -> None:
         """Hand a message of the front to the loop, from any thread."""
@@ -130,10 +147,11 @@ class Worker:
         """Serve for as long as the process lives."""
         scheduler, engine = self._scheduler, self._engine
         while True:
+            engine.wait_turn()
             self._drain()
             self.turns += 1
             self._make_room()
-            for ticket in scheduler.admit():
+            for ticket in scheduler.admit(time.perf_counter()):
                 if row := self._begin(ticket):
                     scheduler.start(row)
             batch = scheduler.schedule()
@@ -141,9 +159,10 @@ class Worker:
                 continue
             stepped = self._step(batch)
             if done := scheduler.retire(stepped):
-                self._deliver(done, engine.finish(done))
+                self._deliver(done, engine.begin_finish(done))
             if shown := [row for row in stepped if self._wants_preview(row)]:
                 self._show(shown, engine.preview(shown))
+            self._improve()
 
     def _drain(self) -> None:
         """Take in what has come; wait for it only when there is nothing else to do."""
@@ -192,7 +211,8 @@ class Worker:
             size = fields.pop("size")
             request = GenerateRequest(**fields, size=tuple(size) if size else None)
             begun_at = time.perf_counter()
-            canvas = read_canvas(request, self._engine.traits(request.model).size)
+            canvas = self._canvases.read(request, self._engine.traits(request.model).size)
+            bucket = self._engine.bucket(request, canvas)
             adapter = self._engine.adapter(request)
             seconds = time.perf_counter() - begun_at
         except Exception as error:  # noqa: BLE001  a hostile picture must not end the loop
@@ -203,7 +223,7 @@ class Worker:
         for number, key in enumerate(keys):
             session = None if request.session is None else f"{request.session}.{number}"
             one = replace(request, seed=request.seed + number, session=session)
-            self._inbox.put(Ticket(key, one, canvas, adapter, received_at, {"decode": seconds}))
+            self._inbox.put(Ticket(key, one, bucket, canvas, adapter, received_at, {"decode": seconds}))
 
     def _drop(self, key: int, *, running: bool) -> None:
         """A newer message came (then only what has not begun goes), or the client left."""
@@ -227,6 +247,7 @@ class Worker:
 
     def _step(self, batch: list[Trajectory]) -> list[Trajectory]:
         """One forward. If the batch fails, each of its rows is tried alone, so that only the culprit is lost."""
+        before = [row.index for row in batch]
         try:
             self._engine.step(batch)
         except Exception as error:  # noqa: BLE001
@@ -241,20 +262,33 @@ class Worker:
                 ticket.batch = max(ticket.batch, len(batch))
             return batch
         # Out of the except block: a live exception would keep the failed batch's tensors in memory.
-        return [row for alone in batch for row in self._step([alone])]
+        stepped = [row.index > index for row, index in zip(batch, before, strict=True)]  # some may have had it
+        return [row for one, had in zip(batch, stepped, strict=True) for row in ([one] if had else self._step([one]))]
 
-    def _deliver(self, rows: list[Trajectory], pictures: list[Picture | LcmError]) -> None:
-        for row, picture in zip(rows, pictures, strict=True):
-            if isinstance(picture, LcmError):
-                self._fail(row.key, picture)
-            else:
-                self._encoders.submit(self._encode, self._tickets.pop(row.key), row, picture)
+    def _improve(self) -> None:
+        """Learn from what the device has done; make faster what is in demand."""
+        for kind, bucket, rows, seconds in self._engine.measured():
+            observe = self._table.observe_step if kind == "step" else self._table.observe_finish
+            observe(bucket, rows, seconds)
+        self._engine.improve()
+        if wanted := self._engine.wanted():
+            self._tune(*wanted)
 
-    def _encode(self, ticket: Ticket, row: Trajectory, picture: Picture) -> None:
+    def _deliver(self, rows: list[Trajectory], wait: Pictures) -> None:
+        """Hand the rows to the pool, each with the way to its picture; a GPU may be at work on it still."""
+        for place, row in enumerate(rows):
+            self._encoders.submit(self._encode, self._tickets.pop(row.key), row, wait, place)
+        if counted := self._gains() + self._engine.counts():
+            self._channel.send({"op": "counted", "counts": [[*words, times] for words, times in counted.items()]})
+
+    def _encode(self, ticket: Ticket, row: Trajectory, wait: Pictures, place: int) -> None:
         if ticket.shown:
             ticket.shown.result()  # it came to the pool before this one, so it is done or being done
-        begun_at = time.perf_counter()
         try:
+            picture = wait()[place]
+            if isinstance(picture, LcmError):
+                raise picture
+            begun_at = time.perf_counter()
             file = _file(ticket, picture)
         except Exception as error:  # noqa: BLE001
             self._fail(row.key, error)
@@ -278,14 +312,16 @@ class Worker:
         shown = self._tickets[row.key].shown
         return shown is None or shown.done()
 
-    def _show(self, rows: list[Trajectory], pictures: list[Picture | LcmError]) -> None:
-        for row, picture in zip(rows, pictures, strict=True):
-            if not isinstance(picture, LcmError) and not picture.flagged:  # its end will tell
-                ticket = self._tickets[row.key]
-                ticket.shown = self._encoders.submit(self._encode_preview, ticket, row.steps, row.index, picture)
+    def _show(self, rows: list[Trajectory], wait: Pictures) -> None:
+        for place, row in enumerate(rows):
+            ticket = self._tickets[row.key]
+            ticket.shown = self._encoders.submit(self._encode_preview, ticket, row.steps, row.index, wait, place)
 
-    def _encode_preview(self, ticket: Ticket, steps: int, step: int, picture: Picture) -> None:
+    def _encode_preview(self, ticket: Ticket, steps: int, step: int, wait: Pictures, place: int) -> None:
         try:
+            picture = wait()[place]
+            if isinstance(picture, LcmError) or picture.flagged:
+                return  # its end will tell
             preview = _file(ticket, picture) | {"step": step, "num_inference_steps": steps}
         except Exception:
             logger.exception("a preview of request %d failed", ticket.key)
@@ -350,6 +386,29 @@ class Worker:
                 "memory": self._engine.memory[0],
             }
         )
+        self._tune(spec.name)
+
+    def _tune(self, name: str, size: tuple[int, int] | None = None) -> None:
+        """Make a model fast while it answers, for its own size or another one; only once at a time."""
+        if (name, size) not in self._tuning:
+            self._tuning.add((name, size))
+            self._tuner.submit(self._tune_now, name, size)
+
+    def _tune_now(self, name: str, size: tuple[int, int] | None) -> None:
+        begun_at = time.perf_counter()
+        try:
+            self._engine.tune(name, size)
+        except ModelLoading:
+            logger.info("%s was unloaded before it was made fast", name)
+        except Exception:
+            logger.exception("%s stays as slow as it is (%s)", name, size or "its own size")
+        else:
+            seconds = time.perf_counter() - begun_at
+            logger.info("%s is fast (%s, %s) after %.1f s", name, self._engine.backend, size or "its own size", seconds)
+            if size is None:
+                self._channel.send({"op": "tuned", "model": name, "backend": self._engine.backend, "seconds": seconds})
+        finally:
+            self._tuning.discard((name, size))
 
     def _reporter(self, spec: ModelSpec) -> Callable[[str, float], None]:
         return lambda stage, progress: self._channel.send(

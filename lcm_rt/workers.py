@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from lcm_rt import catalog
@@ -29,6 +30,8 @@ MAX_DEATHS = 2  # of engine processes in a row while they load the same model
 MAX_PENDING_BYTES = 512 * 2**20  # of pictures in requests that are not realtime
 STOP_S = 5.0
 
+_REQUEST = [field.name for field in dataclasses.fields(GenerateRequest)]  # dataclasses.asdict would copy pictures
+
 State = Literal["loading", "ready", "unloading", "unloaded", "failed"]
 
 
@@ -45,6 +48,9 @@ class ModelState:
     stage: str = "start"
     progress: float = 0.0
     load_seconds: float | None = None
+    loads: int = 0  # how often it has become ready: what a model of this name paints may change from one to the next
+    backend: str = "eager"  # how its networks run by now
+    tune_seconds: float | None = None  # until they ran so
     failure: LcmError | None = None
     deaths: int = 0  # of engine processes while they loaded it
     then: Literal["load", "unload"] | None = None  # what was asked for while it could not be done
@@ -90,7 +96,8 @@ class Workers:
         models: list[catalog.ModelSpec],
         *,
         device: str,
-        compile: bool,
+        backend: str,
+        cache_dir: Path,
         threads: int | None,
         choice: catalog.Choice,
         memory_mb: int | None,
@@ -109,7 +116,8 @@ class Workers:
             "models": [dataclasses.asdict(spec) for spec in models],
             "engine": {
                 "device": device,
-                "compile": compile,
+                "backend": backend,
+                "cache_dir": str(cache_dir),
                 "threads": threads,
                 "choice": dataclasses.asdict(choice),
                 "memory_bytes": None if memory_mb is None else memory_mb * 2**20,
@@ -124,6 +132,7 @@ class Workers:
         self._ready = asyncio.Event()
         self._readied = 0  # how often an engine process has become ready
         self._pending: dict[int, Generation] = {}
+        metrics.pending.set_function(lambda: len(self._pending))
         self._keys = itertools.count(1)
         self._turns = 0
 
@@ -208,15 +217,13 @@ class Workers:
             size = len(request.image or b"") + len(request.mask or b"")
             if len(self._pending) >= self._max_pending or self._pending_bytes + size > MAX_PENDING_BYTES:
                 raise Overloaded(f"{len(self._pending)} requests are waiting already; try again soon")
-        # Not dataclasses.asdict: it would copy the picture's bytes.
-        fields = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
+        fields = {name: getattr(request, name) for name in _REQUEST}
         loop = asyncio.get_running_loop()
         made = [
             Generation(next(self._keys), request, loop.create_future(), on_begun, on_preview, False, self._drop)
             for _ in range(count)
         ]
         self._pending |= {generation.key: generation for generation in made}
-        self._metrics.pending.set(len(self._pending))
         channel.send({"op": "submit", "keys": [generation.key for generation in made], "request": fields})
         return made
 
@@ -264,13 +271,11 @@ class Workers:
         self.pid = process.pid
         try:
             async with asyncio.TaskGroup() as tasks:
-                self._channel = channel = await AsyncChannel.open(ours)
+                self._channel = channel = await AsyncChannel.open(ours, self._handle)
                 wanted = [name for name, model in self.models.items() if model.state == "loading"]
                 channel.send(self._start | {"load": wanted, "strict": not self._readied})
                 watch = tasks.create_task(self._watch(process, channel))
-                while messages := await channel.receive():
-                    for message in messages:
-                        self._handle(message)
+                await channel.wait_closed()
                 watch.cancel()
         finally:
             if self._channel:
@@ -297,7 +302,6 @@ class Workers:
             elif model.state == "unloading":
                 model.become("unloaded")
         pending, self._pending = self._pending, {}
-        self._metrics.pending.set(0)
         alone = len({id(generation.request) for generation in pending.values()}) == 1
         for generation in pending.values():
             if not generation.result.done():
@@ -348,13 +352,14 @@ class Workers:
                 self._settle(message["key"], from_wire(message["error"]))
             case "pong":
                 self._turns = message["turns"]
+            case "counted":
+                self._metrics.add(message["counts"])
             case _:
                 self._handle_load(message)
                 self._change()
 
     def _settle(self, key: int, outcome: GenerateResult | LcmError) -> None:
         generation = self._pending.pop(key, None)
-        self._metrics.pending.set(len(self._pending))
         if generation is None or generation.result.done():
             return
         if isinstance(outcome, LcmError):
@@ -372,13 +377,18 @@ class Workers:
             case "loaded":
                 model = self.models[message["model"]]
                 model.become("ready")
+                model.loads += 1
                 model.deaths = 0
-                model.load_seconds = message["seconds"]
+                model.load_seconds, model.tune_seconds = message["seconds"], None
+                model.backend = "eager"
                 for name, value in message["traits"].items():
                     setattr(model, name, value)
                 self._metrics.model_bytes.set(message["memory"])
                 if model.then == "unload":
                     self.unload(message["model"])
+            case "tuned":
+                model = self.models[message["model"]]
+                model.backend, model.tune_seconds = message["backend"], message["seconds"]
             case "leaving":
                 self.models[message["model"]].become("unloading")
             case "unloaded":
@@ -423,6 +433,8 @@ class Workers:
                 "licence": model.spec.licence,
                 "default": name == default,
                 "load_seconds": model.load_seconds,
+                "backend": model.backend,
+                "tune_seconds": model.tune_seconds,
                 "error": None if model.failure is None else str(model.failure),
             }
             for name, model in self.models.items()

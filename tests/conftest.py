@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,10 @@ from blockbuster import BlockBuster, blockbuster_ctx
 # Before torch is imported, and for the engine processes too. Tiny networks gain nothing from a second thread, and on a
 # busy machine OpenMP's threads spend seconds waiting for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# To convert or compile a tiny network takes longer than to run it; test_runner and test_fast do it on purpose.
+os.environ.setdefault("LCM_RT_BACKEND", "eager")
+os.environ.setdefault("LCM_RT_REPEAT_MB", "0")
 
 if TYPE_CHECKING:
     from lcm_rt.catalog import ModelSpec
@@ -37,6 +42,12 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
     from engines import write_models  # torch takes its time, and few tests need it
 
     return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of converted networks, which take long to make."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def floats(engine: Engine, row) -> np.ndarray:
     """The picture before it is rounded to bytes: (H, W, 3) in 0..1."""
     runner: Runner = engine._served[row.bucket.model].runner
     with torch.inference_mode():
-        return runner.decode(row.latents[None])[0].permute(1, 2, 0).numpy()
+        return runner.networks.decode(row.latents[None])[0].permute(1, 2, 0).numpy()
 
 
 def seeded(seed: int = 7) -> torch.Generator:

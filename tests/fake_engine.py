@@ -10,6 +10,7 @@ Run as a worker process by the tests of everything above the engine. Words in th
 ``slow-load``   as a model's name: loading waits until the FIFO ``slow-load`` beside the model folder is written to
 ``die-load``    as a model's name: the process dies while it loads it
 ``bad-load``    as a model's name: it cannot be loaded
+``bad-tune``    as a model's name: it stays slow
 
 Every model weighs 10 MB.
 """
@@ -22,6 +23,7 @@ import socket
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +61,13 @@ class Traits(NamedTuple):
     controlnet: bool = False
 
 
+class FakeBucket(NamedTuple):
+    model: str
+    width: int
+    height: int
+    area: int = 1
+
+
 @dataclass(slots=True)
 class FakeRow:
     key: int
@@ -69,8 +78,8 @@ class FakeRow:
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
-    def bucket(self) -> tuple[str, int, int]:
-        return (self.request.model, *self.size)
+    def bucket(self) -> FakeBucket:
+        return FakeBucket(self.request.model, *self.size)
 
     @property
     def area(self) -> int:
@@ -83,10 +92,18 @@ class FakeRow:
 
 class FakeEngine:
     device_name = "fake"
+    backend = "fake"
     max_area = 100
 
     def __init__(
-        self, *, device: str, compile: bool, threads: int | None, choice: Choice, memory_bytes: int | None
+        self,
+        *,
+        device: str,
+        backend: str,
+        cache_dir: str,
+        threads: int | None,
+        choice: Choice,
+        memory_bytes: int | None,
     ) -> None:
         if device == "none":
             raise LcmError("there is no such device")
@@ -118,6 +135,9 @@ class FakeEngine:
     def unload(self, name: str) -> None:
         self.loaded.remove(name)
 
+    def bucket(self, request: GenerateRequest, canvas: Canvas) -> FakeBucket:
+        return FakeBucket(request.model, canvas.width, canvas.height)
+
     def adapter(self, request: GenerateRequest) -> None:
         return None
 
@@ -144,7 +164,30 @@ class FakeEngine:
             for row in rows
         ]
 
-    preview = finish
+    def begin_finish(self, rows: Sequence[FakeRow]) -> Callable[[], list[FakePicture | LcmError]]:
+        pictures = self.finish(rows)
+        return lambda: pictures
+
+    preview = begin_finish
+
+    def tune(self, name: str, size: tuple[int, int] | None = None) -> None:
+        if "bad-tune" in name:
+            raise RuntimeError("no compiler")
+
+    def wait_turn(self) -> None:
+        pass
+
+    def improve(self) -> None:
+        pass
+
+    def wanted(self) -> None:
+        return None
+
+    def measured(self) -> list[tuple[str, object, int, float]]:
+        return []
+
+    def counts(self) -> Counter[tuple[str, ...]]:
+        return Counter({("forward", "fake"): 1})
 
     def _paint(self, row: FakeRow) -> FakePicture:
         flagged = "nsfw" in row.request.prompt and row.request.safety

@@ -68,7 +68,10 @@ async def serving(
     """Serve from ``folder`` until the block ends."""
 
     def build() -> tuple[Starlette, ServerLoop, socket.socket]:
-        chosen = Settings(**{"models": [model_folder(folder / "model")], "data_dir": folder / "data", **settings})
+        # Most tests want a picture made each time.
+        chosen = Settings(
+            **{"models": [model_folder(folder / "model")], "data_dir": folder / "data", "repeat_mb": 0, **settings}
+        )
         app = create_app(chosen)
         app.state.service.workers.command = command
         return app, ServerLoop(uvicorn_config(app)), listen("127.0.0.1", 0)

@@ -4,6 +4,7 @@ import copy
 import json
 import struct
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
@@ -552,7 +553,8 @@ def test_one_thread_reads_and_the_others_wait(folders, models, tmp_path, monkeyp
         return real(*args)
 
     monkeypatch.setattr(module, "read_adapter", slow)
-    cache = Adapters(2**30)
+    counts = Counter()
+    cache = Adapters(2**30, counts)
     ask = lambda: cache.get(tmp_path / "lora", "x", "sd", models["sd"], "cpu", torch.float32)  # noqa: E731
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(ask)
@@ -561,12 +563,13 @@ def test_one_thread_reads_and_the_others_wait(folders, models, tmp_path, monkeyp
         go_on.set()
         assert {first.result(), *(other.result() for other in others), ask()} == {first.result()}
     assert len(reads) == 1
+    assert counts == {("cache", "lora", "miss"): 1, ("cache", "lora", "hit"): 4}
 
 
 def test_the_oldest_go_when_there_is_no_room(folders, models, tmp_path):
     write_lora(tmp_path / "lora", folders["sd"])
     size = read_adapter(tmp_path / "lora", models["sd"], "cpu", torch.float32, "x").bytes
-    cache = Adapters(2 * size)
+    cache = Adapters(2 * size, Counter())
 
     def get(id, model="sd"):
         return cache.get(tmp_path / "lora", id, model, models["sd"], "cpu", torch.float32)
@@ -581,10 +584,10 @@ def test_the_oldest_go_when_there_is_no_room(folders, models, tmp_path):
 
 def test_what_cannot_be_read_is_not_kept(folders, models, tmp_path):
     (tmp_path / "lora").write_bytes(b"no")
-    cache = Adapters(2**30)
+    cache = Adapters(2**30, Counter())
     with pytest.raises(InputError, match="not a safetensors file"):
         cache.get(tmp_path / "lora", "x", "sd", models["sd"], "cpu", torch.float32)
     write_lora(tmp_path / "lora", folders["sd"])
     assert cache.get(tmp_path / "lora", "x", "sd", models["sd"], "cpu", torch.float32).id == "x"
     with pytest.raises(InputError, match="at most 0 MiB are there for LoRAs"):
-        Adapters(1000).get(tmp_path / "lora", "x", "sd", models["sd"], "cpu", torch.float32)
+        Adapters(1000, Counter()).get(tmp_path / "lora", "x", "sd", models["sd"], "cpu", torch.float32)

@@ -7,7 +7,6 @@ import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from loras import write_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcm_rt.engine.engine import Engine
-from lcm_rt.engine.runner import Batch, Runner
+from lcm_rt.engine.networks import Eager
 from lcm_rt.errors import GenerationFailed, InputError, LcmError, ModelLoading, OutOfMemory
 
 
@@ -202,26 +201,28 @@ def test_a_full_device_is_said_in_our_words(engine, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(Runner, "predict", full)
+    monkeypatch.setattr(Eager, "predict", full)
     with pytest.raises(OutOfMemory, match="out of memory"):
         engine.step([row])
     assert row.index == 0
 
-    decode = Runner.decode
-    monkeypatch.setattr(Runner, "decode", lambda self, x: full() if len(x) > 1 else decode(self, x))
+    monkeypatch.setattr(engine, "_together", 8)
+    decode = Eager.decode
+    monkeypatch.setattr(Eager, "decode", lambda self, x: full() if len(x) > 1 else decode(self, x))
     assert [done.flagged for done in engine.finish([other, other])] == [False, False]  # one by one, there is room
 
 
 def test_a_picture_that_cannot_be_decoded_fails_alone(engine, monkeypatch):
     rows = [run(engine, begin(engine, request(seed=i, num_inference_steps=1))) for i in range(2)]
-    decode, bad = Runner.decode, rows[0].latents[None]
+    monkeypatch.setattr(engine, "_together", 8)
+    decode, bad = Eager.decode, rows[0].latents[None]
 
     def fail(self, latents):
         if torch.equal(latents[:1], bad):
             raise Broken("secret")
         return decode(self, latents)
 
-    monkeypatch.setattr(Runner, "decode", fail)
+    monkeypatch.setattr(Eager, "decode", fail)
     first, second = engine.finish(rows)
     assert isinstance(first, GenerationFailed)
     assert "secret" not in str(first)
@@ -269,21 +270,6 @@ def test_a_size_that_the_model_cannot_paint(engine):
 def test_a_prompt_longer_than_the_model_reads(engine):
     long = begin(engine, request(prompt="red cat " * 500))
     assert torch.equal(long.prompt.context, begin(engine, request(prompt="red cat " * 600)).prompt.context)
-
-
-def test_prompts_are_remembered_up_to_a_bound(engine, loras):
-    from lcm_rt.engine.conditioning import Prompts
-
-    prompts = Prompts(engine._served["lcm"].model, size=2)
-    first = prompts.read("a")
-    assert prompts.read("a") is first
-    prompts.read("b")
-    prompts.read("a")
-    prompts.read("c")  # "b" is the one longest unused
-    assert [text for text, *_ in prompts._kept] == ["a", "c"]
-    adapter = engine.adapter(request(lora=loras["lcm", 2]))
-    assert not torch.equal(prompts.read("c", adapter, 1.0).context, prompts.read("c").context)
-    assert prompts.read("c", adapter, 1.0) is not prompts.read("c", adapter, 0.5)
 
 
 def test_load_tells_its_stages(specs):
@@ -339,12 +325,12 @@ def test_a_controlnet_that_is_not_there(engine):
 def test_previews_are_what_the_end_would_have_been(engine):
     row = begin(engine, request(num_inference_steps=3))
     engine.step([row])
-    (preview,) = engine.preview([row])
+    (preview,) = engine.preview([row])()
     # The first step finds the same clean latents, whether more are to come or not.
     (single,) = engine.finish([run(engine, begin(engine, request(num_inference_steps=1)))])
     assert np.array_equal(preview.pixels, single.pixels)
     run(engine, row)
-    (last,) = engine.preview([row])
+    (last,) = engine.preview([row])()
     (done,) = engine.finish([row])
     assert np.array_equal(last.pixels, done.pixels)
 
@@ -373,68 +359,4 @@ def test_a_flagged_picture_is_black(checked):
     done = checked.finish(rows)
     assert [one.flagged for one in done] == [True, False, True, True]
     assert [bool(one.pixels.any()) for one in done] == [False, True, False, False]
-    assert all(one.flagged and not one.pixels.any() for one in checked.preview(rows[::2]))
-
-
-@pytest.mark.timeout(400)  # seconds of work, but on a busy machine they are long
-def test_compilation_traces_each_network_once_for_one_row_and_once_for_more(tmp_path, monkeypatch):
-    spec = write_checkpoint(tmp_path / "small", tiny_vae=True, blocks=(16,))
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    # Tracing is quick; it is the code generator that takes its time, see the next test.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
-    eager, compiled = Engine(device="cpu", threads=1), Engine(device="cpu", threads=1, compile=True)
-    told = []
-    for engine in (eager, compiled):
-        parts, _ = engine.locate(spec, lambda stage, fraction: None)
-        engine.load(spec, parts, lambda stage, fraction: told.append(stage))
-    assert "compile" in told
-    assert len(graphs) == 4
-    for size in ((64, 64), (72, 64)):  # the second one was not compiled for
-        rows = [[begin(engine, request("small", seed=i), size=size) for i in range(4)] for engine in (eager, compiled)]
-        drain(eager, rows[0])
-        drain(compiled, rows[1])
-        for one, other in zip(*rows, strict=True):
-            np.testing.assert_allclose(floats(compiled, other), floats(eager, one), atol=TOLERANCE, rtol=0)
-    assert len(graphs) == 4  # no client has waited for a compiler
-
-
-class SmallUNet(torch.nn.Module):
-    """A UNet's signature; so little inside that code for it is generated in seconds."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = SimpleNamespace(time_cond_proj_dim=16, in_channels=4)
-        self.convolution = torch.nn.Conv2d(4, 4, 3, padding=1)
-
-    def forward(self, x, timesteps, *, encoder_hidden_states, timestep_cond, **others):
-        shift = timesteps.float().sin() + encoder_hidden_states.mean((1, 2)) + timestep_cond.mean(1)
-        return (torch.nn.functional.silu(self.convolution(x) + shift[:, None, None, None]),)
-
-
-class SmallVae:
-    config = SimpleNamespace(scaling_factor=0.5)
-
-    def decode(self, latents, return_dict):
-        return (latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3).tanh(),)
-
-
-# torch's own compiler uses what torch has deprecated.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.timeout(400)
-def test_compiled_code_equals_eager(engine):
-    torch.manual_seed(0)
-    model = replace(engine._served["lcm"].model, unet=SmallUNet().requires_grad_(False), vae=SmallVae())
-    eager, compiled = Runner(model), Runner(model, compile=True)
-    with torch.inference_mode():
-        compiled.warm_up(8, lambda fraction: None)
-        for rows in (1, 2, 5):
-            x, t = torch.randn(rows, 4, 8, 8), torch.arange(rows) * 100
-            context, embedding = torch.randn(rows, 24, 32), torch.randn(rows, 16)
-            expected, output = (runner.predict(Batch(x, t, context, embedding)) for runner in (eager, compiled))
-            np.testing.assert_allclose(output, expected, atol=1e-3, rtol=0)
-            np.testing.assert_allclose(compiled.decode(x), eager.decode(x), atol=1e-3, rtol=0)
+    assert all(one.flagged and not one.pixels.any() for one in checked.preview(rows[::2])())

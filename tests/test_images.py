@@ -5,6 +5,9 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from lcm_rt import images
 from lcm_rt.errors import ImageError, InputError
-from lcm_rt.images import encode_picture, read_canvas
+from lcm_rt.images import Canvas, Canvases, encode_picture, read_canvas
 from lcm_rt.types import GenerateRequest
 
 
@@ -486,3 +489,114 @@ def test_quality_is_heeded():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for format in ("jpeg", "webp"):
         assert len(encode_picture(pixels, format, 30)[0]) < len(encode_picture(pixels, format, 95)[0])
+
+
+def stripe(left: int, right: int) -> bytes:
+    """A mask for the sketch."""
+    mask = Image.new("L", (96, 96), 0)
+    mask.paste(255, (left, 0, right, 96))
+    return file(mask)
+
+
+SKETCH = GenerateRequest("m", "p", 0, image=file(gradient(96, 96)), mask=stripe(0, 32))
+HIT, MISS = ("cache", "canvas", "hit"), ("cache", "canvas", "miss")
+
+
+def arrays_of(canvas: Canvas) -> list[np.ndarray]:
+    overlay = [canvas.overlay.picture, canvas.overlay.mask] if canvas.overlay else []
+    return [array for array in (canvas.image, canvas.mask, *overlay) if array is not None]
+
+
+OTHERWISE = [
+    {"image": file(gradient(96, 96).rotate(180))},
+    {"mask": None},
+    {"mask": stripe(0, 31)},
+    {"mask": file(Image.new("RGBA", (96, 96), (255, 255, 255, 0))), "mask_alpha": True},
+    {"mask": file(Image.new("RGBA", (96, 96), (255, 255, 255, 0))), "mask_alpha": False},
+    {"inpaint_mask_only": True},
+    {"size": (64, 64)},
+    {"max_side": 80},
+]
+
+
+@pytest.mark.parametrize("seen_before", [False, True])
+def test_remembered_canvases_are_those_that_would_be_read(seen_before):
+    counts: Counter = Counter()
+    canvases = Canvases(counts)
+    asked = [SKETCH, *(replace(SKETCH, **changes) for changes in OTHERWISE)]
+    if seen_before:
+        for request in asked:
+            canvases.read(request, 256)
+    for request in asked:
+        canvas, expected = canvases.read(request, 256), read_canvas(request, 256)
+        assert (canvas.width, canvas.height, canvas.digest) == (expected.width, expected.height, expected.digest)
+        assert len(arrays_of(canvas)) == len(arrays_of(expected))
+        for array, other in zip(arrays_of(canvas), arrays_of(expected), strict=True):
+            np.testing.assert_array_equal(array, other)
+            assert not array.flags.writeable
+    assert counts[MISS] == len(asked)
+    assert counts[HIT] == (len(asked) if seen_before else 0)
+
+
+def test_a_new_prompt_over_the_same_sketch_decodes_nothing(monkeypatch):
+    canvases = Canvases(Counter())
+    canvas = canvases.read(SKETCH, 256)
+    monkeypatch.setattr(images, "_open", None)
+    for other in (replace(SKETCH, prompt="lake", seed=5, strength=0.3), replace(SKETCH, session="s", model="n")):
+        assert canvases.read(other, 512) is canvas
+
+
+def test_without_a_picture_nothing_is_remembered():
+    counts: Counter = Counter()
+    canvases = Canvases(counts)
+    request = replace(SKETCH, image=None, mask=None)
+    assert canvases.read(request, 256) == Canvas(256, 256)
+    assert canvases.read(request, 512) == Canvas(512, 512)
+    assert not counts
+
+
+def test_bad_files_are_refused_each_time():
+    counts: Counter = Counter()
+    canvases = Canvases(counts)
+    for _ in range(2):
+        with pytest.raises(ImageError, match="mask: is not a PNG"):
+            canvases.read(replace(SKETCH, mask=b"junk"), 256)
+    assert counts == {MISS: 2}
+
+
+def test_remembered_canvases_are_bounded_by_bytes():
+    counts: Counter = Counter()
+    one, two, large = SKETCH, replace(SKETCH, max_side=88), replace(SKETCH, size=(512, 512))
+    room = read_canvas(one, 256).nbytes + read_canvas(two, 256).nbytes + 4096
+    assert read_canvas(one, 256).nbytes == 96 * 96 * (3 + 1)
+    canvases = Canvases(counts, room)
+    for request in (one, two, large, one, two):
+        canvases.read(request, 256)
+    assert counts == {MISS: 3, HIT: 2}  # the large one has no room, and takes nobody's
+
+
+def test_threads_share_canvases():
+    counts: Counter = Counter()
+    canvases = Canvases(counts)
+    asked = [replace(SKETCH, max_side=side) for side in (64, 72, 80, 88)] * 8
+    expected = {request.max_side: read_canvas(request, 256) for request in asked}
+    with ThreadPoolExecutor(2) as pool:
+        for canvas, request in zip(pool.map(lambda request: canvases.read(request, 256), asked), asked, strict=True):
+            np.testing.assert_array_equal(canvas.image, expected[request.max_side].image)
+    assert counts[HIT] + counts[MISS] == len(asked)
+
+
+def test_a_digest_is_of_the_pixels_alone():
+    """So that who paints on a mask, with each stroke, has the picture encoded once."""
+
+    def digest(**changes):
+        return read_canvas(replace(SKETCH, **changes), 256).digest
+
+    assert digest() == digest(mask=None) == digest(mask=stripe(0, 31)) == digest(prompt="lake", seed=9)
+    only = digest(inpaint_mask_only=True)
+    others = [digest(inpaint_mask_only=True, mask=stripe(0, 31)), digest(size=(64, 64)), digest(max_side=80)]
+    assert len({digest(), only, *others, digest(image=file(gradient(96, 96).rotate(180)))}) == 6
+    layer = file(Image.new("RGBA", (96, 96), (255, 255, 255, 0)))
+    by_alpha, by_colour = (digest(inpaint_mask_only=True, mask=layer, mask_alpha=alpha) for alpha in (True, False))
+    assert by_alpha != by_colour
+    assert read().digest is None

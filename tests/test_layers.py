@@ -17,15 +17,18 @@ import pytest
 ROOT = Path(__file__).parents[1] / "lcm_rt"
 
 FLOORS = [
-    "__init__ embedded errors types apps catalog settings metrics channel store certificates kit.fal_local",
+    "__init__ embedded errors types apps cache catalog settings metrics channel store certificates kit.fal_local",
     "wire session images transfer hub objects",
-    "engine engine.sampling engine.trajectory engine.folders engine.adapters engine.safety engine.singlefile"
-    " engine.models engine.conditioning engine.runner engine.engine",
-    "scheduler worker workers",
-    "auth egress files loras webhooks jobs service queue",
+    "engine engine.sampling engine.clock engine.trajectory engine.folders engine.adapters engine.safety"
+    " engine.singlefile engine.models engine.networks engine.conditioning engine.naive engine.slots engine.inductor"
+    " engine.graphs engine.openvino engine.runner engine.engine",
+    "steptable scheduler worker workers",
+    "auth egress files loras repeats webhooks jobs service queue",
     "server server.replies server.addressing server.guard server.realtime server.oneshot server.run server.queue"
     " server.storage server.tokens server.jwks server.models server.health server.kit server.openai server.docs"
     " server.shapes server.about server.description server.app server.serve",
+    "bench bench.commands bench.dialects bench.engine bench.figures bench.observers bench.plots bench.random_weights"
+    " bench.roofline bench.serve bench.surroundings bench.terminal bench.traces",
     "cli __main__",
     "client client.values client.patience client.messages client.protocol client.line client.realtime client.sync"
     " client.aio",
@@ -35,35 +38,36 @@ FLOORS = [
 
 # A package -> the only modules (or packages) of ours that may import it.
 KEEPERS = {
-    "torch": "engine embedded",
-    "diffusers": "engine.models engine.adapters engine.safety engine.singlefile embedded",
-    "transformers": "engine.models engine.safety embedded",
-    "tokenizers": "embedded",
-    "safetensors": "engine.adapters engine.safety engine.singlefile embedded",
+    "torch": "engine embedded bench.engine bench.roofline bench.random_weights",
+    "diffusers": "engine.models engine.adapters engine.safety engine.singlefile embedded bench.random_weights",
+    "transformers": "engine.models engine.safety embedded bench.random_weights",
+    "tokenizers": "embedded bench.random_weights",
+    "safetensors": "engine.adapters engine.safety engine.singlefile embedded bench.random_weights",
+    "openvino": "engine.openvino",
     "huggingface_hub": "hub transfer",
-    "httpx2": "egress transfer client",
+    "httpx2": "egress transfer client bench",
     "fsspec": "objects",
     "sqlalchemy": "store auth files jobs webhooks",
     "jwt": "auth",
     "cryptography": "webhooks certificates",
     "python_multipart": "server.openai",
-    "websockets": "client",
+    "websockets": "client bench.dialects",
     "anyio": "client.realtime",
     "httpcore2": "egress",
     "sse_starlette": "server",
-    "numpy": "images engine embedded",
-    "PIL": "images embedded",
+    "numpy": "images engine embedded bench",
+    "PIL": "images embedded bench",
     "starlette": "server",
     "uvicorn": "server.serve",
-    "typer": "cli",
-    "rich": "cli server.serve embedded",
-    "msgpack": "wire channel client.messages",
-    "orjson": "wire files jobs queue webhooks server client.messages",
-    "prometheus_client": "metrics",
+    "typer": "cli bench.commands",
+    "rich": "cli server.serve embedded bench",
+    "msgpack": "wire channel client.messages bench.dialects",
+    "orjson": "wire files jobs queue webhooks server client.messages bench",
+    "prometheus_client": "metrics bench.figures",
     "pydantic_settings": "settings",
-    "os": "settings worker engine.engine embedded client kit.fal_local",
-    "asyncio": "channel workers store objects egress files loras webhooks service queue server cli client",
-    "threading": "channel worker store engine.adapters embedded",
+    "os": "settings worker engine.engine engine.inductor engine.openvino embedded client kit.fal_local bench",
+    "asyncio": "bench channel workers store objects egress files loras webhooks service queue server cli client",
+    "threading": "cache channel worker store engine.adapters engine.engine embedded",
     "pickle": "",
 }
 

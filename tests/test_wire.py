@@ -19,6 +19,18 @@ from lcm_rt.types import GenerateOutput, GenerateResult
 RESULT = GenerateResult(b"\xff\xd8jpeg", "image/jpeg", 64, 48, 7, "embedded", 4, {"total": 0.1})
 
 
+@pytest.mark.parametrize("count", [99, 101, wire.MAX_ELEMENTS - 1, wire.MAX_ELEMENTS])
+def test_elements_are_counted_in_large_texts_too(count: int) -> None:
+    text = "A" * wire.MAX_ELEMENTS + "A," * count
+    body = orjson.dumps({"prompt": text})  # whose brace is one more
+    for data in (body, body.decode()):
+        if count < wire.MAX_ELEMENTS:
+            assert wire.decode_json(data) == {"prompt": text}
+        else:
+            with pytest.raises(InputError, match="more than 20000 elements"):
+                wire.decode_json(data)
+
+
 def test_what_javascript_sends_is_understood() -> None:
     """undefined and null as nil, integers for floats, typed arrays as bin, ArrayBuffer as an empty map, dates."""
     frame = msgpack.packb(

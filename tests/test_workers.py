@@ -46,7 +46,8 @@ async def working(
     it = Workers(
         specs,
         device=device,
-        compile=False,
+        backend="eager",
+        cache_dir=Path("cache"),
         threads=None,
         choice=catalog.Choice(),
         memory_mb=memory_mb,

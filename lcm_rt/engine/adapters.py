@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lcm_rt.cache import Counts, tally
 from lcm_rt.errors import InputError
 
 MAX_RANK = 256
@@ -486,10 +487,12 @@ class Adapters:
 
     Args:
         max_bytes: what all kept adapters may take on the device.
+        counts: of look-ups; one that another is reading already is a hit.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, counts: Counts) -> None:
         self._max_bytes = max_bytes
+        self._count = tally(counts, "lora")
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._reading: dict[tuple[str, str], Future[Adapter]] = {}
@@ -516,10 +519,11 @@ class Adapters:
         """
         key = (id, model_key)
         with self._lock:
+            reading = self._reading.get(key)
+            self._count("hit" if reading or key in self._kept else "miss")
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-            reading = self._reading.get(key)
             if reading is None:
                 mine = self._reading[key] = Future()
         if reading is not None:

@@ -15,24 +15,29 @@ import gc
 import logging
 import os
 import platform
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lcm_rt.cache import Counts, Gains
 from lcm_rt.catalog import Choice, ModelSpec
-from lcm_rt.engine import conditioning, sampling
+from lcm_rt.engine import clock, conditioning, inductor, openvino, sampling
 from lcm_rt.engine.adapters import Adapter, Adapters
-from lcm_rt.engine.models import Model, load_model, weigh
-from lcm_rt.engine.runner import Batch, Runner
+from lcm_rt.engine.clock import Clock, Mark
+from lcm_rt.engine.models import Model, fingerprint, load_model, weigh
+from lcm_rt.engine.networks import Networks
+from lcm_rt.engine.runner import Backend, Runner
 from lcm_rt.engine.trajectory import Bucket, Known, Prompt, Trajectory
 from lcm_rt.errors import GenerationFailed, InputError, LcmError, ModelLoading, OutOfMemory
 from lcm_rt.hub import Parts, fetch, plan
@@ -41,6 +46,8 @@ from lcm_rt.transfer import File
 from lcm_rt.types import GenerateRequest
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ADAPTER_BYTES = 2**30  # of the LoRAs that are kept for the next request
 
@@ -51,6 +58,15 @@ class Picture:
 
     pixels: npt.NDArray[np.uint8]
     flagged: bool = False
+
+
+class Measured(NamedTuple):
+    """How long a step of some rows of a bucket took, or what makes pictures of them."""
+
+    kind: Literal["step", "finish"]
+    bucket: Bucket
+    rows: int
+    seconds: float
 
 
 class Traits(NamedTuple):
@@ -67,6 +83,7 @@ class _Served:
     model: Model
     runner: Runner
     prompts: conditioning.Prompts
+    pictures: conditioning.Pictures
     bytes: int
 
 
@@ -75,31 +92,51 @@ class Engine:
 
     Args:
         device: "cpu", "cuda", "cuda:1" and so on; "auto" takes a GPU where there is one.
-        compile: compile the networks when a model is loaded (half a minute and more), for faster steps.
+        backend: how ``tune`` makes a model fast. "auto" is inductor with CUDA graphs on a GPU; on a CPU OpenVINO where
+            it is installed, else nothing, for inductor takes a C++ compiler, and a minute of all cores.
         threads: of the CPU's arithmetic; None leaves it to torch.
         choice: which companions of the models are wanted.
         memory_bytes: how much the weights of all models may take; None is most of what the device has.
+        cache_dir: where compiled and converted networks are kept for the next start; None keeps none of our own.
     """
 
     def __init__(
         self,
         *,
         device: str = "auto",
-        compile: bool = False,
+        backend: Literal["auto"] | Backend = "auto",
         threads: int | None = None,
         choice: Choice = Choice(),  # noqa: B008  it is frozen
         memory_bytes: int | None = None,
+        cache_dir: str | Path | None = None,
     ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         # bfloat16 has float32's range: no overflow to watch for in the VAE. On a CPU, float32 is the exact reference.
         self._dtype = torch.float32 if self._device.type == "cpu" else torch.bfloat16
-        self._compile = compile
+        self.backend: Backend = _backend_of(self._device) if backend == "auto" else backend
+        if self.backend == "openvino" and (self._device.type != "cpu" or not openvino.is_installed()):
+            raise InputError("backend", "openvino runs on CPUs, with the extra: pip install 'lcm-rt[openvino]'")
+        self._threads = threads
+        self._cache_dir = None if cache_dir is None else Path(cache_dir)
+        if self._cache_dir is not None:
+            inductor.keep_programs_in(self._cache_dir / "inductor")
+        # On a CPU two pictures take longer together than one after the other: their numbers do not fit its caches.
+        self._together = 1 if self._device.type == "cpu" else 64
+        self._clock = Clock(self._device)
+        self._counts: Counts = Counter()
+        self.counts = Gains(self._counts)
+        """What was counted since the last call: ("forward", way) and ("cache", name, "hit" or "miss")."""
+        self._adapters = Adapters(ADAPTER_BYTES, self._counts)
+        self._steps: deque[tuple[Bucket, int, Mark, Mark]] = deque(maxlen=256)  # that may not have come to their end
+        self._finishes: deque[Measured] = deque(maxlen=256)
+        self._aside: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            self._aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._choice = choice
         self._served: dict[str, _Served] = {}
         self._used: dict[str, None] = {}  # names of the served, longest unused first
-        self._adapters = Adapters(ADAPTER_BYTES)
         self._memory_bytes = int(0.7 * _memory_of(self._device)) if memory_bytes is None else memory_bytes
         self.device_name = _name(self._device)
         if threads is not None:
@@ -140,29 +177,86 @@ class Engine:
 
     @torch.inference_mode()
     def load(self, spec: ModelSpec, parts: Parts, report: Callable[[str, float], None]) -> None:
-        """Load a model and run it once; a model of the same name is replaced.
+        """Load a model and make a picture with it, eagerly; a model of the same name is replaced.
 
-        ``report`` is told the stage ("weights", "compile" or "warm-up") and how much of it is done, 0 to 1.
+        ``report`` is told the stage ("weights" or "warm-up") and how much of it is done, 0 to 1.
         """
         report("weights", 0.0)
         with _memory():
             model = load_model(spec, parts, self._device, self._dtype)
-            report("weights", 1.0)
-            served = _Served(model, Runner(model, compile=self._compile), conditioning.Prompts(model), model.bytes)
-            stage = "compile" if self._compile else "warm-up"
-            report(stage, 0.0)
-            side = model.side // model.pixels_per_latent
-            served.runner.warm_up(side, lambda fraction: report(stage, fraction))
+        report("weights", 1.0)
+        report("warm-up", 0.0)
+        runner = Runner(
+            model,
+            self.backend,
+            folder=None if self._cache_dir is None else self._cache_dir / "openvino",
+            fingerprint=fingerprint(parts),
+            threads=self._threads,
+            counts=self._counts,
+        )
+
+        def networks() -> Networks:
+            return runner.networks
+
+        served = _Served(
+            model,
+            runner,
+            conditioning.Prompts(model, networks, self._counts),
+            conditioning.Pictures(model, networks, self._counts),
+            model.bytes,
+        )
         # A whole picture, so that the text encoders and the small kernels have run too.
         request = GenerateRequest(spec.name, "", 0, num_inference_steps=1)
         row = self._begin(served, 0, request, Canvas(model.side, model.side), None)
         self._step(served, [row])
-        (picture,) = self._decode(served, [row.latents], [row])
+        (picture,) = self._decode(served, [row.latents], [row])()
         if isinstance(picture, LcmError):
             raise picture
         self._served[spec.name] = served
         self._used[spec.name] = None
         report("warm-up", 1.0)
+
+    @torch.inference_mode()
+    def tune(
+        self,
+        name: str,
+        size: tuple[int, int] | None = None,
+        report: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        """Make a model that is loaded fast, for latents of ``size`` (height, width), by default its own.
+
+        It goes on answering meanwhile. This takes seconds with OpenVINO, a minute or more with inductor, and less when
+        ``cache_dir`` has it from before. Raises: ModelLoading.
+        """
+        served = self._serving(name)
+        side = served.model.side // served.model.pixels_per_latent
+        served.runner.tune(size or (side, side), report)
+
+    def wanted(self) -> tuple[str, tuple[int, int]] | None:
+        """A model and a size of latents that are in demand, and not tuned yet."""
+        for name, served in list(self._served.items()):
+            if size := served.runner.wanted():
+                return name, size
+        return None
+
+    def wait_turn(self) -> None:
+        """Wait until the device is at most one forward behind: what it was given cannot be replaced, or joined."""
+        if len(self._steps) > 1:
+            clock.wait_for(self._steps[-2][3])
+
+    @torch.inference_mode()
+    def improve(self) -> None:
+        """Between steps: make one thing faster that takes a few steps' time."""
+        for served in self._served.values():
+            served.runner.capture()
+
+    def measured(self) -> list[Measured]:
+        """The times of forwards since the last call, as far as the device has done them."""
+        found = [self._finishes.popleft() for _ in range(len(self._finishes))]
+        while self._steps and clock.is_past(self._steps[0][3]):
+            bucket, rows, begin, end = self._steps.popleft()
+            found.append(Measured("step", bucket, rows, clock.seconds(begin, end)))
+        return found
 
     def traits(self, name: str) -> Traits:
         """What clients may know of a model. Raises: ModelLoading."""
@@ -176,6 +270,11 @@ class Engine:
         gc.collect()  # compiled networks hold themselves in cycles
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def bucket(self, request: GenerateRequest, canvas: Canvas) -> Bucket:
+        """What its row will share with others. Raises: ModelLoading."""
+        pixels = self._serving(request.model).model.pixels_per_latent
+        return Bucket(request.model, canvas.height // pixels, canvas.width // pixels)
 
     def adapter(self, request: GenerateRequest) -> Adapter | None:
         """The LoRA of a request, read and on the device; it takes a while the first time.
@@ -202,19 +301,29 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, batch: Sequence[Trajectory]) -> None:
-        """One UNet forward for rows of one bucket, wherever each is on its way; on an exception no row has changed."""
+        """One UNet forward for rows of one bucket, wherever each is on its way.
+
+        On an exception each row has either had its step or not changed.
+        """
         bucket = batch[0].bucket
         assert all(row.bucket == bucket and not row.done for row in batch), "rows of one bucket, none done"
         self._step(self._served[bucket.model], batch)
 
-    @torch.inference_mode()
     def finish(self, rows: Sequence[Trajectory]) -> list[Picture | LcmError]:
         """The picture of each row, or the error that befell it alone."""
+        return self.begin_finish(rows)()
+
+    @torch.inference_mode()
+    def begin_finish(self, rows: Sequence[Trajectory]) -> Callable[[], list[Picture | LcmError]]:
+        """Set out to make the pictures; what is returned waits for them, in any thread, and gives what ``finish`` does.
+
+        A GPU makes them beside the next steps.
+        """
         return self._pictures(rows, [row.latents for row in rows])
 
     @torch.inference_mode()
-    def preview(self, rows: Sequence[Trajectory]) -> list[Picture | LcmError]:
-        """What each row would be if its last step had been the end: it must have had one."""
+    def preview(self, rows: Sequence[Trajectory]) -> Callable[[], list[Picture | LcmError]]:
+        """As ``begin_finish``, what each row would be if its last step had been the end: it must have had one."""
         return self._pictures(rows, [row.denoised for row in rows if row.denoised is not None])
 
     def _serving(self, name: str) -> _Served:
@@ -243,7 +352,7 @@ class Engine:
             coefficients = sampling.coefficients(model.schedule, visited).to(self._device)
             random = conditioning.Randomness.of(request.seed, self._device)
             latents, known, surroundings = _canvas_latents(
-                model, request.strength, canvas, image, coefficients[0], random, (model.latent_channels, height, width)
+                served, request.strength, canvas, image, coefficients[0], random, (model.latent_channels, height, width)
             )
             noises = [random.normal(latents.shape) for _ in visited[1:]] + [torch.zeros_like(latents)]
             control = None
@@ -289,67 +398,88 @@ class Engine:
         return served.prompts.read(request.negative_prompt, adapter, request.lora_scale), None
 
     def _step(self, served: _Served, batch: Sequence[Trajectory]) -> None:
-        started = time.perf_counter()
-        schedule = served.model.schedule
+        begin = self._clock.mark()
         with _memory():
-            x = torch.stack([row.latents for row in batch])
-            c = torch.stack([row.coefficients[row.index] for row in batch])
-            noise = torch.stack([row.noises[row.index] for row in batch])
-            denoised = sampling.denoise(x, _predict(served.runner, batch, x), c, schedule)
-            after = sampling.renoise(x, denoised, c, noise, schedule)
-            latents = [_keep_known(row, *pair) for row, *pair in zip(batch, after, c, strict=True)]
-        seconds = time.perf_counter() - started
-        for row, new, clean in zip(batch, latents, denoised, strict=True):
-            row.advance(new, clean, seconds)
+            served.runner.step(batch)
+        end = self._clock.mark()
+        for row in batch:
+            row.steps_took.append((begin, end))
+        self._steps.append((batch[0].bucket, len(batch), begin, end))
 
-    def _pictures(self, rows: Sequence[Trajectory], latents: Sequence[Tensor]) -> list[Picture | LcmError]:
-        results: dict[int, Picture | LcmError] = {}
-        if self._device.type == "cuda":
-            started = time.perf_counter()
-            torch.cuda.synchronize(self._device)  # the steps run behind; their time is not the VAE's
-            for row in rows:
-                row.timings["denoise"] = row.timings.get("denoise", 0.0) + time.perf_counter() - started
+    def _pictures(
+        self, rows: Sequence[Trajectory], latents: Sequence[Tensor]
+    ) -> Callable[[], list[Picture | LcmError]]:
         order = sorted(range(len(rows)), key=lambda i: rows[i].bucket)
+        decoding: list[tuple[list[int], Callable[[], list[Picture | LcmError]]]] = []
         for (name, *_), group in groupby(order, key=lambda i: rows[i].bucket):
             same = list(group)
             decoded = self._decode(self._served[name], [latents[i] for i in same], [rows[i] for i in same])
-            results.update(zip(same, decoded, strict=True))
-        return [results[i] for i in range(len(rows))]
+            decoding.append((same, decoded))
 
-    def _decode(self, served: _Served, latents: list[Tensor], rows: list[Trajectory]) -> list[Picture | LcmError]:
-        started = time.perf_counter()
+        def wait() -> list[Picture | LcmError]:
+            results: dict[int, Picture | LcmError] = {}
+            for same, decoded in decoding:
+                results.update(zip(same, decoded(), strict=True))
+            return [results[i] for i in range(len(rows))]
+
+        return _once(wait)
+
+    def _decode(
+        self, served: _Served, latents: list[Tensor], rows: list[Trajectory]
+    ) -> Callable[[], list[Picture | LcmError]]:
+        """Pictures of rows of one bucket. If they cannot be made together, each is tried alone."""
         failure: LcmError
         try:
             with _memory():
-                clean = torch.stack(latents)
-                decoded = served.runner.decode(clean)
-                fine = clean.isfinite().flatten(1).all(1) & decoded.isfinite().flatten(1).all(1)
-                pixels = (decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)
-                checking = time.perf_counter()
-                flagged = _flag(served.model, pixels, rows)
-                shown = torch.where(flagged[:, None, None, None], 0, pixels).cpu().numpy()
-                results = list(zip(shown, fine.tolist(), flagged.tolist(), strict=True))
+                return self._decode_together(served, latents, rows)
         except OutOfMemory as error:
             failure = error
         except Exception:
             logger.exception("%d pictures of %s could not be decoded", len(rows), rows[0].bucket)
             failure = GenerationFailed("the engine could not decode this picture")
-        else:
-            for row in rows:
-                row.timings["vae"] = row.timings.get("vae", 0.0) + checking - started
-                row.timings["safety"] = row.timings.get("safety", 0.0) + time.perf_counter() - checking
-            bad = GenerationFailed("the model produced values that are not numbers")
-            return [Picture(picture, flag) if good else bad for picture, good, flag in results]
         # Out of the except block: a live exception would keep the batch's tensors in memory.
         if len(rows) == 1:
-            return [failure]
-        return [self._decode(served, [one], [row])[0] for one, row in zip(latents, rows, strict=True)]
+            return lambda: [failure]
+        alone = [self._decode(served, [one], [row]) for one, row in zip(latents, rows, strict=True)]
+        return lambda: [result for wait in alone for result in wait()]
+
+    def _decode_together(
+        self, served: _Served, latents: list[Tensor], rows: list[Trajectory]
+    ) -> Callable[[], list[Picture | LcmError]]:
+        clean = torch.stack(latents)
+        begin = self._clock.mark()
+        with _beside(self._aside, clean):
+            decode = served.runner.networks.decode
+            parts = clean.split(self._together)  # type: ignore[no-untyped-call]
+            # A copy, for what a network gives is good until it runs again.
+            decoded = decode(clean) if len(parts) == 1 else torch.cat([decode(part).clone() for part in parts])
+            # What is no number makes a sum of it; so does what is infinite, which the decoder's limits would hide.
+            fine = (clean.flatten(1).sum(1) + decoded.flatten(1).sum(1)).isfinite()
+            pixels = (decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+            checking = self._clock.mark()
+            flagged = _flag(served.model, pixels, rows)
+            shown = _to_host(torch.where(flagged[:, None, None, None], 0, pixels))
+            fine, flagged = _to_host(fine), _to_host(flagged)
+            end = self._clock.mark()
+        took = [list(row.steps_took) for row in rows]  # a preview's row goes on stepping
+
+        def wait() -> list[Picture | LcmError]:
+            clock.wait_for(end)
+            vae, safety = clock.seconds(begin, checking), clock.seconds(checking, end)
+            for row, steps in zip(rows, took, strict=True):
+                row.timings["denoise"] = sum(clock.seconds(*step) for step in steps)
+                row.timings["vae"] = row.timings.get("vae", 0.0) + vae
+                row.timings["safety"] = row.timings.get("safety", 0.0) + safety
+            self._finishes.append(Measured("finish", rows[0].bucket, len(rows), vae + safety))
+            bad = GenerationFailed("the model produced values that are not numbers")
+            results = zip(shown.numpy(), fine.tolist(), flagged.tolist(), strict=True)
+            return [Picture(picture, flag) if good else bad for picture, good, flag in results]
+
+        return wait
 
 
 def _canvas_latents(
-    model: Model,
+    served: _Served,
     strength: float,
     canvas: Canvas,
     image: Tensor | None,
@@ -361,20 +491,20 @@ def _canvas_latents(
 
     The order of the draws is that of diffusers' pipelines, so that a seed means the same picture there.
     """
+    model = served.model
     picture = None if image is None else 2.0 * image - 1.0
     begins_as_noise = picture is None or (canvas.mask is not None and strength == 1)
     x0 = None
     if picture is not None and not (model.takes_mask and begins_as_noise):
-        x0 = conditioning.encode_picture(model, picture, random)
+        x0 = served.pictures.encode(picture, random, canvas.digest)
     noise = random.normal(shape)
     known, surroundings = None, None
     if model.takes_mask:
         # Without a mask everything is painted, and nothing shows of the picture.
         mask = np.ones((canvas.height, canvas.width), dtype=bool) if canvas.mask is None else canvas.mask
-        shown = noise.new_zeros(3, canvas.height, canvas.width) if picture is None else picture
-        masked = shown.masked_fill(torch.from_numpy(mask).to(noise.device), 0.0)
         where = conditioning.latent_mask(mask, model.pixels_per_latent, noise.device)
-        surroundings = torch.cat([where, conditioning.encode_picture(model, masked, random)]).to(model.dtype)
+        masked = served.pictures.encode_masked(picture, mask, random, canvas.digest)
+        surroundings = torch.cat([where, masked]).to(model.dtype)
     elif canvas.mask is not None and x0 is not None:
         known = Known(x0, noise, conditioning.latent_mask(canvas.mask, model.pixels_per_latent, noise.device))
         conditioning.skip_masked_picture(model, shape, random)
@@ -383,48 +513,9 @@ def _canvas_latents(
     return sampling.add_noise(x0, noise, c), known, surroundings
 
 
-def _predict(runner: Runner, batch: Sequence[Trajectory], x: Tensor) -> Tensor:
-    """The network's opinion on each row; guided rows are asked twice, in the same forward."""
-    guided = [i for i, row in enumerate(batch) if row.negative is not None]
-    rows = [*batch, *(batch[i] for i in guided)]
-    prompts = [row.prompt for row in batch] + [row.negative for row in batch if row.negative is not None]
-    output = runner.predict(
-        Batch(
-            x=torch.cat([x, *(x[i : i + 1] for i in guided)]),
-            timesteps=torch.stack([row.timesteps[row.index] for row in rows]),
-            context=torch.stack([prompt.context for prompt in prompts]),
-            guidance_embedding=_stack(row.guidance_embedding for row in rows),
-            pooled=_stack(prompt.pooled for prompt in prompts),
-            size_ids=_stack(row.size_ids for row in rows),
-            surroundings=_stack(row.surroundings for row in rows),
-            controls=[row.control for row in rows],
-            adapters=[row.adapter for row in rows],
-            adapter_scales=torch.stack([row.adapter_scale for row in rows]),
-        )
-    )
-    if not guided:
-        return output
-    opinions = list(output[: len(batch)])
-    for i, without in zip(guided, output[len(batch) :], strict=True):
-        opinions[i] = sampling.guide(opinions[i], without, batch[i].guidance)
-    return torch.stack(opinions)
-
-
 def _scalar(value: float, device: torch.device) -> Tensor:
     # NOTE: never without a dtype. While another thread loads a model, its loaders set the default one, of all threads.
     return torch.tensor(value, dtype=torch.float32, device=device)
-
-
-def _stack(tensors: Iterable[Tensor | None]) -> Tensor | None:
-    """One tensor for all rows; they have it all, or none has it, as their model is."""
-    found = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(found) if found else None
-
-
-def _keep_known(row: Trajectory, latents: Tensor, c: Tensor) -> Tensor:
-    if row.known is None:
-        return latents
-    return sampling.keep_outside(latents, row.known.mask, row.known.latents, row.known.noise, c)
 
 
 def _flag(model: Model, pixels: Tensor, rows: Sequence[Trajectory]) -> Tensor:
@@ -436,6 +527,45 @@ def _flag(model: Model, pixels: Tensor, rows: Sequence[Trajectory]) -> Tensor:
     for i, flag in zip(asking, model.safety.flag(torch.stack([pixels[i] for i in asking])), strict=True):
         flagged[i] = flag
     return flagged
+
+
+@contextmanager
+def _beside(stream: torch.cuda.Stream | None, given: Tensor) -> Iterator[None]:
+    """On a GPU: run on ``stream`` once ``given`` is there, while the current stream goes on."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(given.device))
+    given.record_stream(stream)  # or its memory would be used again too early
+    with torch.cuda.stream(stream):
+        yield
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy that the host can read once the current stream is there; it waits for nothing."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _once(make: Callable[[], T]) -> Callable[[], T]:
+    """What ``make`` gives, for all threads that ask; the first of them makes it."""
+    lock = threading.Lock()
+    made: list[T] = []
+
+    def get() -> T:
+        with lock:
+            if not made:
+                made.append(make())
+            return made[0]
+
+    return get
+
+
+def _backend_of(device: torch.device) -> Backend:
+    if device.type == "cuda":
+        return "inductor"
+    return "openvino" if openvino.is_installed() else "eager"
 
 
 @contextmanager

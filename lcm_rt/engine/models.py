@@ -176,6 +176,13 @@ def weigh(parts: Parts, dtype: torch.dtype) -> int:
     return sum(map(_elements, _weights(parts))) * dtype.itemsize
 
 
+def fingerprint(parts: Parts) -> str:
+    """What changes whenever other weights would be loaded: names, sizes and dates of the files."""
+    files = [*_weights(parts), *([parts.lcm_lora] if parts.lcm_lora else [])]
+    facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return repr((parts.distillation, facts))
+
+
 def _weights(parts: Parts) -> Iterator[Path]:
     """The files that will be read, one for each tensor: of a folder with two variants, one of them."""
     folders = [parts.unet, parts.tiny_vae, parts.controlnet, parts.safety]

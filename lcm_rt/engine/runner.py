@@ -1,143 +1,177 @@
-"""The heavy forward passes of one model, as fast as the device allows; knows no trajectory and no schedule.
+"""A model's rows a step further, by the fastest way that takes them; knows no request and no queue.
 
-``compile=False`` is the reference. With ``compile=True`` the networks are compiled in ``warm_up`` for pictures of the
-model's own size, as two graphs each: a single row, and any larger number of rows (batch dimension marked dynamic).
-Pictures of any other size, and forwards with LoRAs or a ControlNet, take the eager path, so that no client ever waits
-for a compiler.
+Ways, each tested to make the same picture as the first:
+
+* ``eager``: ``naive``, module by module. It takes everything, and is there as soon as the weights are.
+* ``inductor``: the step over the slots, compiled as a whole. Compiled for the model's own size by ``tune``, and for
+  other sizes once they are in demand.
+* ``graph``: that, or the eager step, captured as a CUDA graph, for each bucket of rows once it is in demand.
+* ``openvino``: the networks converted, by ``tune``, for every size.
 """
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from lcm_rt.engine.adapters import Adapter, applied
+from lcm_rt.cache import Counts
+from lcm_rt.engine import naive
+from lcm_rt.engine.graphs import Graphs, bucket_of
+from lcm_rt.engine.inductor import Inductor, Step
 from lcm_rt.engine.models import Model
+from lcm_rt.engine.networks import Eager, Networks
+from lcm_rt.engine.openvino import OpenVino
+from lcm_rt.engine.slots import COUNT, Advance, Slots
+from lcm_rt.engine.trajectory import Trajectory
 
+Backend = Literal["eager", "inductor", "openvino"]
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one forward of the UNet takes; every tensor has a row for each of B."""
+SIZES = 8
+"""Sizes of latents that have slots at a time; those longest unused make room."""
 
-    x: Tensor  # (B, C, H, W)
-    timesteps: Tensor  # (B,)
-    context: Tensor  # (B, tokens, width)
-    guidance_embedding: Tensor | None = None  # (B, time_cond_proj_dim)
-    pooled: Tensor | None = None  # (B, width)
-    size_ids: Tensor | None = None  # (B, 6)
-    surroundings: Tensor | None = None  # (B, 1 + C, H, W)
-    controls: Sequence[Tensor | None] = ()  # for each row, a picture (3, height, width) for the ControlNet
-    adapters: Sequence[Adapter | None] = ()  # for each row, its LoRA
-    adapter_scales: Tensor | None = None  # (B,)
+DEMAND = 40
+"""Steps at a size before it is compiled: ten pictures are no chance."""
+
+Size = tuple[int, int]
 
 
 class Runner:
-    """UNet and VAE decoder of ``model``; every call is one batched forward pass."""
+    """Steps rows of ``model``, and runs its other ``networks``.
 
-    def __init__(self, model: Model, *, compile: bool = False) -> None:
-        self._model = model
-        self._compiled_at: tuple[int, ...] | None = None
-        # None, and not the plain methods: kept in here they would be a cycle, and an unloaded model would stay.
-        self._compiled_unet: Callable[..., Tensor] | None = torch.compile(self._unet) if compile else None
-        self._compiled_decode: Callable[..., Tensor] | None = torch.compile(self._decode) if compile else None
+    Args:
+        backend: what ``tune`` makes; until then, and for what it does not take, the eager way answers.
+        folder: where OpenVINO's networks are kept. fingerprint: of the weights.
+        threads: of the CPU's arithmetic, None for OpenVINO's choice.
+        counts: forwards are counted here, as ("forward", way).
+    """
 
-    def predict(self, batch: Batch) -> Tensor:
-        """The UNet's output (B, C, H, W) in float32."""
-        x = batch.x.to(self._model.dtype)
-        inputs = (batch.timesteps, batch.context, batch.guidance_embedding, batch.pooled, batch.size_ids)
-        controlled = [i for i, picture in enumerate(batch.controls) if picture is not None]
-        residuals = self._control(batch, x, controlled) if controlled else None
-        if batch.surroundings is not None:
-            x = torch.cat([x, batch.surroundings], dim=1)
-        if any(batch.adapters):
-            assert batch.adapter_scales is not None
-            with applied(self._model.unet, "unet", batch.adapters, batch.adapter_scales):
-                return self._unet(x, *inputs, residuals).float()
-        if self._compiled_unet and residuals is None and x.shape[2:] == self._compiled_at:
-            return self._compiled_unet(x, *inputs).float()
-        return self._unet(x, *inputs, residuals).float()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), float32 in 0..1, of clean latents."""
-        fast = self._compiled_decode if latents.shape[2:] == self._compiled_at else None
-        decode = fast or self._decode
-        return decode((latents / self._model.vae.config.scaling_factor).to(self._model.dtype)).float()
-
-    def warm_up(self, side: int, report: Callable[[float], None]) -> None:
-        """Run every path once, at latents of ``side`` by ``side``; this is where compilation happens."""
-        model = self._model
-        for done, rows in enumerate((1, 2), start=1):
-            latents = torch.zeros(rows, model.latent_channels, side, side, dtype=model.dtype, device=model.device)
-            t = torch.zeros(rows, dtype=torch.int64, device=model.device)
-            x = latents.new_zeros(rows, model.unet.config.in_channels, side, side)
-            context = x.new_zeros(rows, model.max_tokens, model.context_width)
-            embedding = None if model.guidance_dim is None else x.new_zeros(rows, model.guidance_dim)
-            pooled = None if model.pooled_width is None else x.new_zeros(rows, model.pooled_width)
-            sizes = None if model.pooled_width is None else x.new_zeros(rows, 6)
-            if self._compiled_unet and rows > 1:
-                for tensor in (latents, x, t, context, embedding, pooled, sizes):
-                    if tensor is not None:
-                        torch._dynamo.mark_dynamic(tensor, 0)
-            (self._compiled_unet or self._unet)(x, t, context, embedding, pooled, sizes)
-            (self._compiled_decode or self._decode)(latents)
-            report(done / 2)
-        if self._compiled_unet:
-            self._compiled_at = (side, side)
-
-    def _control(self, batch: Batch, x: Tensor, rows: list[int]) -> list[Tensor]:
-        """The ControlNet's residuals for the UNet, nought for the rows that have no picture; the middle's last."""
-        controlnet = self._model.controlnet
-        assert controlnet is not None, "no row has a picture for it without one"
-        # It is no consistency model: it takes no guidance embedding, whatever its UNet does.
-        down, middle = controlnet(
-            torch.stack([x[i] for i in rows]),
-            torch.stack([batch.timesteps[i] for i in rows]),
-            encoder_hidden_states=torch.stack([batch.context[i] for i in rows]),
-            controlnet_cond=torch.stack([picture for picture in batch.controls if picture is not None]),
-            conditioning_scale=self._model.control_scale,
-            added_cond_kwargs=_added(
-                None if batch.pooled is None else torch.stack([batch.pooled[i] for i in rows]),
-                None if batch.size_ids is None else torch.stack([batch.size_ids[i] for i in rows]),
-            ),
-            return_dict=False,
-        )
-        if len(rows) == len(x):
-            return [*down, middle]
-        spread = [residual.new_zeros(len(x), *residual.shape[1:]) for residual in (*down, middle)]
-        for whole, residual in zip(spread, (*down, middle), strict=True):
-            for i, row in enumerate(rows):
-                whole[row] = residual[i]
-        return spread
-
-    def _unet(
+    def __init__(
         self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor,
-        guidance_embedding: Tensor | None,
-        pooled: Tensor | None,
-        size_ids: Tensor | None,
-        residuals: list[Tensor] | None = None,
-    ) -> Tensor:
-        output: Tensor = self._model.unet(
-            x,
-            timesteps,
-            encoder_hidden_states=context,
-            timestep_cond=guidance_embedding,
-            added_cond_kwargs=_added(pooled, size_ids),
-            down_block_additional_residuals=residuals[:-1] if residuals else None,
-            mid_block_additional_residual=residuals[-1] if residuals else None,
-            return_dict=False,
-        )[0]
-        return output
+        model: Model,
+        backend: Backend,
+        *,
+        folder: Path | None,
+        fingerprint: str,
+        threads: int | None,
+        counts: Counts,
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._folder = folder
+        self._fingerprint = fingerprint
+        self._threads = threads
+        self._counts = counts
+        self._eager = Eager(model)
+        self.networks: Networks = self._eager
+        """The fastest text encoders and VAE that there are by now."""
+        self._inductor: Inductor | None = None
+        self._step: Step | None = None  # over slots; without one, rows go the naive way
+        self._slots: OrderedDict[Size, Slots] = OrderedDict()
+        self._graphs: dict[Size, Graphs] = {}
+        self._on_gpu = model.device.type == "cuda"
+        self._pool: Any = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        self._asked: Counter[Size] = Counter()
+        self._tuned: set[Size] = set()
+        if self._on_gpu and backend == "inductor":
+            self._step = self._advance(self._eager)  # graphs of this one serve until the compiled one is there
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self._model.vae.decode(latents, return_dict=False)[0]
-        return (pixels * 0.5 + 0.5).clamp(0, 1)
+    def _advance(self, networks: Networks) -> Advance:
+        model = self._model
+        return Advance(networks.predict, model.schedule, model.dtype, guided=model.guidance_dim is None)
+
+    def tune(self, size: Size, report: Callable[[float], None]) -> None:
+        """Make the fast ways for latents of ``size``; from another thread than the steps', who go on meanwhile."""
+        self._tuned.add(size)
+        if self._backend == "openvino" and self.networks is self._eager:
+            networks = OpenVino(self._model, self._folder, self._fingerprint, threads=self._threads, report=report)
+            self.networks = networks  # first: it says which sizes the step takes
+            self._step = self._advance(networks)
+            if networks.takes(*size):
+                networks.fix(*size)
+        elif self._backend == "inductor":
+            if self._inductor is None:
+                self._inductor = Inductor(self._model, self._advance(self._eager))
+            self._inductor.compile(Slots(self._model, *size), *size, report)
+            self.networks = self._inductor
+
+    def wanted(self) -> Size | None:
+        """A size that is in demand and is not tuned."""
+        if self._backend != "inductor":
+            return None
+        return next((size for size, times in self._asked.items() if times >= DEMAND and size not in self._tuned), None)
+
+    def step(self, rows: Sequence[Trajectory]) -> None:
+        """One step for rows of one bucket; on an exception each row has either had it or not changed."""
+        size = (rows[0].bucket.height, rows[0].bucket.width)
+        self._asked[size] += 1
+        quick: list[Trajectory] = []
+        if step := self._step_for(size):
+            slots = self._slots_for(size)
+            quick = [row for row in rows if row.adapter is None and row.control is None and slots.take(row)]
+        slow = [row for row in rows if row not in quick]
+        after = naive.step(self._model, self._eager, slow) if slow else []
+        if quick and step:
+            self._step_in_slots(quick, size, slots, step)
+        for row, (latents, denoised) in zip(slow, after, strict=True):
+            row.slot = None
+            row.advance(latents, denoised)
+        if slow:
+            self._counts["forward", "eager"] += 1
+
+    def _step_in_slots(self, rows: Sequence[Trajectory], size: Size, slots: Slots, step: Step) -> None:
+        for some in _chunks(rows):
+            inputs = len(some) + sum(row.negative is not None for row in some)
+            if self._on_gpu:
+                graphs = self._graphs.get(size)
+                if graphs is None or graphs.step is not step:
+                    graphs = self._graphs[size] = Graphs(step, slots, self._pool)
+                was_graph = graphs.run(slots.places(some, bucket_of(inputs)))
+                way = "graph" if was_graph else self._backend
+            else:
+                step(slots.state, slots.places(some, inputs))
+                way = self._backend
+            self._counts["forward", way] += 1
+            for row in some:
+                assert row.slot is not None
+                row.advance(row.latents, slots.state.denoised[row.slot.number])
+                if row.done:
+                    slots.leave(row)
+
+    def capture(self) -> None:
+        """Between steps: capture one CUDA graph, if one is in demand."""
+        for graphs in self._graphs.values():
+            if graphs.capture_one():
+                return
+
+    def _step_for(self, size: Size) -> Step | None:
+        if self._inductor is not None and self._inductor.takes(*size):
+            return self._inductor.advance
+        return self._step if self._on_gpu or self.networks.takes(*size) else None
+
+    def _slots_for(self, size: Size) -> Slots:
+        slots = self._slots.get(size)
+        if slots is None:
+            slots = self._slots[size] = Slots(self._model, *size)
+            while len(self._slots) > SIZES:
+                gone, _ = self._slots.popitem(last=False)
+                self._graphs.pop(gone, None)
+        self._slots.move_to_end(size)
+        return slots
 
 
-def _added(pooled: Tensor | None, size_ids: Tensor | None) -> dict[str, Tensor] | None:
-    return None if pooled is None or size_ids is None else {"text_embeds": pooled, "time_ids": size_ids}
+def _chunks(rows: Sequence[Trajectory]) -> list[list[Trajectory]]:
+    """Rows in forwards of at most ``COUNT`` inputs; guided ones have two."""
+    chunks: list[list[Trajectory]] = [[]]
+    room = COUNT
+    for row in rows:
+        inputs = 1 if row.negative is None else 2
+        if inputs > room:
+            chunks.append([])
+            room = COUNT
+        chunks[-1].append(row)
+        room -= inputs
+    return chunks

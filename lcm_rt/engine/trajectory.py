@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from lcm_rt.engine.clock import Mark
 from lcm_rt.types import GenerateRequest
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ class Bucket(NamedTuple):
     model: str
     height: int
     width: int
+
+    @property
+    def area(self) -> int:
+        """Latents of one channel: what a row's step costs."""
+        return self.height * self.width
 
 
 class Prompt(NamedTuple):
@@ -40,7 +46,14 @@ class Known:
     mask: Tensor
 
 
-@dataclass(slots=True, eq=False)
+class Slot(NamedTuple):
+    """A place among static tensors, and whose place that is."""
+
+    home: object
+    number: int
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Trajectory:
     """All state of one request inside the engine, and its only mutable noun.
 
@@ -51,7 +64,7 @@ class Trajectory:
     key: int
     request: GenerateRequest
     bucket: Bucket
-    latents: Tensor  # (C, H, W), float32
+    latents: Tensor  # (C, H, W), float32; with a slot, they are there
     timesteps: Tensor  # (steps,)
     coefficients: Tensor  # (steps, 8), see sampling.coefficients
     noises: Tensor  # (steps, C, H, W)
@@ -67,7 +80,9 @@ class Trajectory:
     adapter_scale: Tensor  # () float32
     steps: int
     index: int = 0
+    slot: Slot | None = None
     denoised: Tensor | None = None  # the clean latents that the last step found, (C, H, W)
+    steps_took: list[tuple[Mark, Mark]] = field(default_factory=list)  # begin and end of each
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -76,12 +91,10 @@ class Trajectory:
 
     @property
     def area(self) -> int:
-        """Latents of one channel: what its step costs."""
-        return self.bucket.height * self.bucket.width
+        return self.bucket.area
 
-    def advance(self, latents: Tensor, denoised: Tensor, seconds: float) -> None:
-        """Take what a step of ``seconds`` made."""
+    def advance(self, latents: Tensor, denoised: Tensor) -> None:
+        """Take what a step made."""
         self.latents = latents
         self.denoised = denoised
         self.index += 1
-        self.timings["denoise"] = self.timings.get("denoise", 0.0) + seconds

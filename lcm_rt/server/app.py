@@ -134,7 +134,8 @@ def create_service(settings: Settings, store: Store) -> Service:
     workers = Workers(
         [catalog.resolve(name) for name in settings.models],
         device=settings.device,
-        compile=settings.compile,
+        backend=settings.backend,
+        cache_dir=settings.cache_dir,
         threads=settings.threads,
         choice=catalog.Choice(vae=settings.vae, safety=settings.safety, controlnet=settings.controlnet),
         memory_mb=settings.memory_mb,
@@ -162,7 +163,14 @@ def create_service(settings: Settings, store: Store) -> Service:
         limit_bytes=settings.lora_limit_mb * 2**20,
         hub=settings.hub_url if settings.lora_hub else None,
     )
-    return Service(workers, files, loras, metrics, max_side=settings.max_side)
+    return Service(
+        workers,
+        files,
+        loras,
+        metrics,
+        max_side=settings.max_side,
+        repeat_bytes=settings.repeat_mb * 2**20,
+    )
 
 
 def known_hosts(settings: Settings) -> frozenset[str] | None:

@@ -150,7 +150,7 @@ class _Connection:
         self._service = service
         self._name = name
         self._principal = principal
-        self._checked_at = time.monotonic()
+        self._heard_at = self._checked_at = time.monotonic()
         self._model = model
         self._session: Session[Frame] = Session(max_buffering)
         self._limits = limits
@@ -171,6 +171,7 @@ class _Connection:
                 self._tasks = tasks
                 tasks.create_task(self._write())
                 tasks.create_task(self._read())
+                tasks.create_task(self._expire())
                 tasks.create_task(self._leave())
         except* (_Ended, WebSocketDisconnect) as group:
             reason = str(group.exceptions[0]) or "the client left"
@@ -188,27 +189,29 @@ class _Connection:
     async def _read(self) -> None:
         """Take every frame from the socket at once, so that only the newest waits."""
         while True:
-            try:
-                async with asyncio.timeout(self._limits.idle_timeout_s):
-                    event = await self._websocket.receive()
-            except TimeoutError:
-                if not self._session.idle:
-                    continue  # it is we who are slow
-                await self._close(wire.encode_idle_timeout())
-                raise _Ended("idle") from None
+            event = await self._websocket.receive()
             if event["type"] == "websocket.disconnect":
                 raise _Ended("the client left")
-            if not await self._still_allowed():
+            self._heard_at = time.monotonic()
+            if self._heard_at - self._checked_at > RECHECK_S and not await self._still_allowed():
                 await self._close(wire.encode_unauthorized())
                 raise _Ended("its key has ended")
             frame = event.get("bytes")
             self._receive(event["text"] if frame is None else frame)
             await asyncio.sleep(0)  # while a flood lies in the buffer, receiving it never yields to the others
 
+    async def _expire(self) -> None:
+        """End a connection that says nothing. One timer, as one for each message would cost more than the message."""
+        left_s = timeout_s = self._limits.idle_timeout_s
+        while left_s > 0:
+            await asyncio.sleep(left_s)
+            # While something of it is under way, it is we who are slow.
+            left_s = self._heard_at + timeout_s - time.monotonic() if self._session.idle else timeout_s
+        await self._close(wire.encode_idle_timeout())
+        raise _Ended("idle")
+
     async def _still_allowed(self) -> bool:
         """Whether the key behind the connection holds; looked at every few seconds, and only while messages come."""
-        if time.monotonic() - self._checked_at < RECHECK_S:
-            return True
         self._checked_at = time.monotonic()
         auth: Auth = self._websocket.app.state.auth
         with suppress(Unavailable):
@@ -279,8 +282,8 @@ class _Connection:
             logger.exception("%s: a message failed", self._name)
             self._fail(message, LcmError("the server failed on this message"), data)
         else:
-            self._service.count(output, "realtime")
             self._answer(message, reply)
+            self._service.count(output, "realtime")
 
     async def _generate(self, message: Message[Frame], wanted: GenerateInput) -> GenerateOutput | None:
         """The pictures of a message, or None if its model is still on its way; then the message is parked."""
@@ -328,8 +331,9 @@ class _Connection:
         self._advance()
 
     def _count(self) -> None:
-        self._service.metrics.superseded.inc(self._session.superseded - self._counted)
-        self._counted = self._session.superseded
+        if superseded := self._session.superseded - self._counted:
+            self._service.metrics.superseded.inc(superseded)
+            self._counted += superseded
 
     async def _write(self) -> None:
         """Send what is ready, in order; a client that does not read is cut."""

@@ -33,6 +33,9 @@ DRAIN_S = 5
 _BACKLOG = 2048
 _USER_TIMEOUT_MS = 20_000
 _SEND_BUFFER_BYTES = 256 * 2**10
+_UNTAKEN = 4
+_UNTAKEN_BYTES = 256 * 2**10
+"""How many messages may wait for the application, and how large one may be, for its socket to be read meanwhile."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -80,12 +83,24 @@ class Server(uvicorn.Server):
 
 
 class _Protocol(WebSocketsSansIOProtocol):
-    """uvicorn's, which leaves a handshake that is malformed (a header over 8 kB, say) without an answer for ever."""
+    """uvicorn's, but for two things.
+
+    It leaves a handshake that is malformed (a header over 8 kB, say) without an answer for ever. And it stops reading
+    after every message until the application has taken it: two system calls each, and realtime takes them at once.
+    """
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.handshake_exc is not None and not self.handshake_initiated:
             self.transport.abort()
+
+    def send_receive_event_to_app(self) -> None:
+        if self.queue.qsize() >= _UNTAKEN or sum(map(len, self.frames)) > _UNTAKEN_BYTES:
+            super().send_receive_event_to_app()
+        else:
+            paused, self.read_paused = self.read_paused, True  # so that it takes reading for stopped already
+            super().send_receive_event_to_app()
+            self.read_paused = paused
 
 
 def uvicorn_config(app: Starlette, tls: ssl.SSLContext | None = None) -> uvicorn.Config:

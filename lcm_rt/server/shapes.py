@@ -202,6 +202,8 @@ class Model(Shape):
     licence: str
     default: bool
     load_seconds: float | None
+    backend: str = Field(description="How its networks run by now: eager, and later what the setting says.")
+    tune_seconds: float | None = Field(description="After it was loaded, until they ran so.")
     error: str | None
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks that ship with the package: ``lcm-rt bench``. ``benchmarks/README.md`` defines each figure."""
