@@ -85,7 +85,8 @@ class Diary:
 
 # What clients do. Each plays its part once; ``repeat`` does it again and again.
 
-Part = Callable[["Stage", random.Random], Awaitable[None]]
+Part = Callable[["Stage", random.Random], Awaitable[float]]
+"""Gives the seconds to rest before it is played again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class Stage:
 def realtime(name: str, trace: str, *, image: bool = False, rest_s: float = 4.0) -> Part:
     """A session of some seconds, and a rest of ``rest_s`` on average before the next."""
 
-    async def play(stage: Stage, rng: random.Random) -> None:
+    async def play(stage: Stage, rng: random.Random) -> float:
         load = Load(
             traces=(trace,),
             seconds=rng.uniform(8, 20),
@@ -118,10 +119,10 @@ def realtime(name: str, trace: str, *, image: bool = False, rest_s: float = 4.0)
         for delay, sent_at in zip(figures.delays(log), log.sent_at, strict=False):
             diary.shown_at.append(sent_at + delay - diary.begun_at)
             diary.delays.append(delay)
-        diary.done[name] += len(log.frames)
+        diary.done["frames"] += len(log.frames)
         for code, count in log.errors.items():
             diary.wrong[f"{name}: {code} {log.reason}"] += count
-        await asyncio.sleep(rng.uniform(0, 2 * rest_s))
+        return rng.uniform(0, 2 * rest_s)
 
     return play
 
@@ -135,7 +136,7 @@ def size(rng: random.Random) -> Size:
     return {"width": width, "height": height}
 
 
-async def run(stage: Stage, rng: random.Random) -> None:
+async def run(stage: Stage, rng: random.Random) -> float:
     """Pictures by HTTP, of many sizes and kinds of file."""
     made = await stage.client.generate(
         text(rng),
@@ -146,20 +147,20 @@ async def run(stage: Stage, rng: random.Random) -> None:
         sync_mode=rng.random() < 0.5,
     )
     assert made.images
-    await asyncio.sleep(rng.uniform(1, 4))
+    return rng.uniform(1, 4)
 
 
-async def queue(stage: Stage, rng: random.Random) -> None:
+async def queue(stage: Stage, rng: random.Random) -> float:
     """A job; now and then one that is not wanted after all."""
     job = await stage.client.submit(text(rng), seed=rng.randrange(2**31))
     if rng.random() < 0.2:
         await job.cancel()
     else:
         await job.result()
-    await asyncio.sleep(rng.uniform(1, 4))
+    return rng.uniform(1, 4)
 
 
-async def paint(stage: Stage, rng: random.Random) -> None:
+async def paint(stage: Stage, rng: random.Random) -> float:
     """Part of a picture anew, or all of it in ink."""
     pictures = traces.sketches(stage.side)
     if rng.random() < 0.5:
@@ -168,7 +169,7 @@ async def paint(stage: Stage, rng: random.Random) -> None:
         await stage.client.generate(
             text(rng), image=rng.choice(pictures), mask=mask(stage.side), inpaint_mask_only=rng.random() < 0.5
         )
-    await asyncio.sleep(rng.uniform(3, 8))
+    return rng.uniform(3, 8)
 
 
 @functools.cache
@@ -181,7 +182,7 @@ def mask(side: int) -> bytes:
     return file.getvalue()
 
 
-async def visit(stage: Stage, rng: random.Random) -> None:
+async def visit(stage: Stage, rng: random.Random) -> float:
     """Connections that end at any point, in good order or not."""
     async with connect(stage.socket, compression=None, max_size=None) as socket:
         for _ in range(rng.randrange(4)):
@@ -189,7 +190,7 @@ async def visit(stage: Stage, rng: random.Random) -> None:
             await asyncio.sleep(rng.uniform(0, 0.1))
         if rng.random() < 0.5:
             socket.transport.abort()
-    await asyncio.sleep(rng.uniform(0.2, 1.0))
+    return rng.uniform(0.2, 1.0)
 
 
 NONSENSE: Sequence[bytes | str] = (
@@ -207,7 +208,7 @@ NONSENSE: Sequence[bytes | str] = (
 )
 
 
-async def babble(stage: Stage, rng: random.Random) -> None:
+async def babble(stage: Stage, rng: random.Random) -> float:
     """Messages and requests that make no sense: each gets an error, and the connection stays."""
     async with asyncio.timeout(60), connect(stage.socket, compression=None, max_size=None) as socket:
         for nonsense in rng.sample(NONSENSE, 4):
@@ -225,7 +226,7 @@ async def babble(stage: Stage, rng: random.Random) -> None:
     said = await stage.http.get(f"{stage.url}/queue/fal-ai/lcm/requests/nobody/status")
     if said.status_code != 404:
         stage.diary.wrong[f"babble: HTTP {said.status_code} for an unknown job"] += 1
-    await asyncio.sleep(rng.uniform(0.5, 1.5))
+    return rng.uniform(0.5, 1.5)
 
 
 PARTS: dict[str, Part] = {
@@ -246,15 +247,12 @@ async def repeat(name: str, part: Part, stage: Stage, seed: int) -> None:
     rng = random.Random(f"{seed}/{name}")
     while True:
         try:
-            await part(stage, rng)
-            if part not in REALTIME:
-                stage.diary.done[name] += 1
+            rest_s = await part(stage, rng)
+            stage.diary.done[name] += 1
         except (LcmError, httpx2.RequestError, ConnectionClosed, OSError, TimeoutError) as error:
             stage.diary.wrong[f"{name}: {type(error).__name__} {error}"[:200]] += 1
-            await asyncio.sleep(1.0)
-
-
-REALTIME = [PARTS[name] for name in ("typing", "recorded", "sketch", "camera")]
+            rest_s = 1.0
+        await asyncio.sleep(rest_s)
 
 
 # What is looked at.

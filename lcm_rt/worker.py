@@ -49,6 +49,11 @@ logger = logging.getLogger(__name__)
 EXIT_STICKY = 70
 """Exit status after a CUDA error that poisons every later call of the process (CUDA runtime API, error handling)."""
 
+ENVIRONMENT = {"GOMP_SPINCOUNT": "300"}
+"""Of an engine process, read when torch is imported. Threads of OpenMP spin while they wait for each other. For long,
+they take the cores from the front, from the pools and from each other, and a step takes seconds on a busy machine; not
+at all, and it takes half as long again on a quiet one. docs/architecture.md has the figures."""
+
 _STICKY = (
     "illegal memory access",
     "device-side assert",
@@ -517,10 +522,8 @@ def serve(end: socket.socket, create_engine: Callable[..., Engine]) -> None:
 
 def main() -> None:
     """Serve on the socket whose file descriptor is the only argument."""
-    # Read when torch is imported. Threads of OpenMP spin while they wait for each other. For long, they take the cores
-    # from the front, from the pools and from each other, and a step takes seconds on a busy machine; not at all, and it
-    # takes half as long again on a quiet one. docs/architecture.md has the figures.
-    os.environ.setdefault("GOMP_SPINCOUNT", "300")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from lcm_rt.engine.engine import Engine
 
     serve(socket.socket(fileno=int(sys.argv[1])), Engine)

@@ -64,6 +64,7 @@ class Runner:
         self._folder = folder
         self._fingerprint = fingerprint
         self._threads = threads
+        self._own_threads = torch.get_num_threads()
         self._counts = counts
         self._eager = Eager(model)
         self.networks: Networks = self._eager
@@ -113,6 +114,9 @@ class Runner:
             slots = self._slots_for(size)
             quick = [row for row in rows if row.adapter is None and row.control is None and slots.take(row)]
         slow = [row for row in rows if row not in quick]
+        if self._backend == "openvino":
+            # Beside OpenVINO's threads, torch's get in the way of what little it has to do there.
+            torch.set_num_threads(self._own_threads if slow else 1)
         after = naive.step(self._model, self._eager, slow) if slow else []
         if quick and step:
             self._step_in_slots(quick, size, slots, step)
