@@ -27,7 +27,7 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -381,20 +381,23 @@ async def serving(folder: Path, words: Sequence[str]) -> AsyncIterator[tuple[str
         await listening
 
 
-async def fill(socket: str, count: int) -> None:
-    """Ask for so many prompts, in the smallest pictures: a cache that is filling looks like a leak."""
-    fields = {"num_inference_steps": 1, "image_size": {"width": 64, "height": 64}}
-    made, end_at = 0, time.perf_counter() + FILL_S
+async def fill(socket: str, side: int, count: int) -> None:
+    """Ask for so many prompts, and send so many pictures: a cache that is filling looks like a leak."""
+    small = {"image_size": {"width": 64, "height": 64}}
+    prompts = Load(traces=("flood",), sessions=8, seconds=2.0, warm_up=0, fields={"num_inference_steps": 1, **small})
+    pictures = replace(prompts, traces=("camera",), image_side=side, fields={"num_inference_steps": 1})
     with console.status("") as status:
-        for seed in itertools.count():
-            status.update(f"filling the caches: {made} of {count} prompts")
-            if made >= count or time.perf_counter() > end_at:
-                return
-            load = Load(traces=("flood",), sessions=8, seconds=2.0, warm_up=0, seed=-1 - seed, fields=fields)
-            made += sum(len(log.frames) for log in (await measure(WebSocket(socket), load)).logs)
+        for what, load in {"prompts": prompts, "pictures": pictures}.items():
+            made, end_at = 0, time.perf_counter() + FILL_S
+            for seed in itertools.count():
+                status.update(f"filling the caches: {made} of {count} {what}")
+                if made >= count or time.perf_counter() > end_at:
+                    break
+                measured = await measure(WebSocket(socket), replace(load, seed=-1 - seed))
+                made += sum(len(log.frames) for log in measured.logs)
 
 
-async def soak(url: str, pid: int, minutes: float, seed: int, prompts: int) -> tuple[Diary, float]:
+async def soak(url: str, pid: int, minutes: float, seed: int, filling: int) -> tuple[Diary, float]:
     """Play all parts against the server at ``url`` for so many minutes. Raises: LcmError: it is not ready."""
     seconds = 60 * minutes
     server = Server(url, os.environ.get("LCM_RT_KEY"))
@@ -404,7 +407,7 @@ async def soak(url: str, pid: int, minutes: float, seed: int, prompts: int) -> t
     processes = await asyncio.to_thread(Processes, pid)
     await asyncio.to_thread(traces.sketches, model["size"])
     socket = f"{url.replace('http', 'ws', 1)}/fal-ai/lcm/realtime"
-    await fill(socket, prompts)
+    await fill(socket, model["size"], filling)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     async with AsyncClient(url) as client, httpx2.AsyncClient(headers=server.headers, timeout=60) as http:
         diary = Diary()
@@ -462,7 +465,7 @@ def main() -> None:
     parser.add_argument("--pid", type=int, help="of its front process")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--fill", type=int, default=3000, help="prompts to fill the caches with, beforehand")
+    parser.add_argument("--fill", type=int, default=3000, help="prompts, and pictures, that fill the caches beforehand")
     parser.add_argument("--output", type=Path, help="a file for the report, as JSON")
     parser.add_argument("serve", nargs="*", metavar="-- WORDS", help="more words for lcm-rt serve")
     options = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import msgpack
 import orjson
 import pytest
 import typer
+from PIL import Image
 from serving import run, serving, serving_aside
 from typer.testing import CliRunner
 from websockets.asyncio.server import ServerConnection, serve
@@ -26,7 +28,7 @@ from lcm_rt.bench import serve as bench_serve
 from lcm_rt.bench.commands import bench
 from lcm_rt.bench.dialects import HttpPost, Message, WebSocket
 from lcm_rt.bench.figures import Log
-from lcm_rt.bench.observers import Processes, Server
+from lcm_rt.bench.observers import Counters, Processes, Server
 from lcm_rt.bench.serve import Load, Refused, Target, measure, wait_ready
 from lcm_rt.bench.surroundings import surroundings
 from lcm_rt.errors import InputError, Unavailable
@@ -201,6 +203,14 @@ def test_unknown_traces_and_files_are_named():
         traces.find("none.jsonl")
 
 
+def test_no_two_pictures_are_the_same_file():
+    sketch, other = traces.sketches(64)[:2]
+    files = {sketch, other, traces.marked(sketch, "run/0/1"), traces.marked(sketch, "run/0/2")}
+    assert len(files) == 4
+    pixels = {Image.open(io.BytesIO(file)).tobytes() for file in files}
+    assert len(pixels) == 2
+
+
 @pytest.mark.parametrize("wrong", [{"sessions": 0}, {"seconds": 0.0}, {"seconds": float("nan")}, {"traces": ()}])
 def test_a_load_that_makes_no_sense_is_refused(wrong: dict):
     with pytest.raises(InputError, match=next(iter(wrong))):
@@ -221,7 +231,7 @@ async def test_a_second_of_people_and_cameras(tmp_path: Path):
         measured = await measure(
             WebSocket(f"ws://{server.host}/fal-ai/lcm/realtime"),
             load,
-            observers=[await asyncio.to_thread(Processes, os.getpid()), bench_serve.Counters(front)],
+            observers=[await asyncio.to_thread(Processes, os.getpid()), Counters(front)],
             progress=lambda elapsed, logs: heard.append(elapsed),
         )
     report = measured.report()
@@ -244,7 +254,10 @@ async def test_a_second_of_people_and_cameras(tmp_path: Path):
 async def test_taking_turns_has_one_message_under_way(tmp_path: Path):
     async with serving(tmp_path) as server:
         url = f"ws://{server.host}/fal-ai/lcm/realtime"
-        report = (await measure(WebSocket(url), Load(traces=("single",), seconds=0.3))).report()
+        load = Load(traces=("single",), seconds=0.3, image_side=64)
+        report = (await measure(WebSocket(url), load, observers=[Counters(Server(server.http, None))])).report()
+        # Counted some moments later than its picture is told.
+        assert report["work"]["caches"].get("canvas", {}).keys() <= {"miss"}
         assert report["all"]["sent"] == report["all"]["frames"] > 1
         assert report["single"]["overhead_ms"]["p50"] < report["single"]["round_trip_ms"]["p50"]
         silent = (await measure(WebSocket(url), Load(traces=("idle",), seconds=0.01, warm_up=0))).report()
@@ -367,7 +380,7 @@ async def test_a_server_that_is_not_there_is_told():
 async def test_counters_that_may_not_be_read_are_left_out(tmp_path: Path):
     async with serving(tmp_path, keys=True) as server:
         url = f"ws://{server.host}/fal-ai/lcm/realtime"
-        observer = bench_serve.Counters(Server(server.http, await server.key()))  # no admin
+        observer = Counters(Server(server.http, await server.key()))  # no admin
         headers = {"authorization": f"Key {await server.key()}"}
         measured = await measure(
             WebSocket(url, headers=headers), Load(traces=("single",), seconds=0.1), observers=[observer]

@@ -23,6 +23,7 @@ import contextlib
 import os
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,14 +85,23 @@ class Client:
     """One connection that follows its trace.
 
     Args:
+        name: unlike any other's, of this run and of those before it.
         pictures: sketches to go with the messages, or none.
         throttled: it sends nothing while an answer is outstanding, and then its newest message.
     """
 
     def __init__(
-        self, line: Line, trace: Trace, pictures: Sequence[bytes], fields: Mapping[str, Any], *, throttled: bool
+        self,
+        name: str,
+        line: Line,
+        trace: Trace,
+        pictures: Sequence[bytes],
+        fields: Mapping[str, Any],
+        *,
+        throttled: bool,
     ) -> None:
         self.log = Log(trace.name)
+        self._name = name
         self._line = line
         self._trace = trace
         self._pictures = pictures
@@ -141,8 +151,9 @@ class Client:
         await self._until(lambda: self.log.settled >= number)
 
     async def _send(self, number: int, key: Key) -> None:
-        turn = number if self._trace.redraws else 0
-        image = self._pictures[turn % len(self._pictures)] if self._pictures else None
+        turn, image = number if self._trace.redraws else 0, None
+        if self._pictures:
+            image = traces.marked(self._pictures[turn % len(self._pictures)], f"{self._name}/{turn}")
         self.log.bytes_sent += await self._line.send(number, Message(key.prompt, key.seed, image, self._fields))
 
     async def warm_up(self, count: int) -> None:
@@ -261,13 +272,15 @@ async def measure(
     Raises: Unavailable: nobody answers. Refused: a message of the warm-up had no picture. InputError: of the load.
     """
     chosen, pictures = await asyncio.to_thread(_prepare, load)
+    run_name = uuid.uuid4().hex
     async with contextlib.AsyncExitStack() as stack:
         clients = []
         for n in range(load.sessions):
             line = await dialect.connect()
             stack.push_async_callback(line.close)
             trace = chosen[n % len(chosen)]
-            clients.append(Client(line, trace, pictures, load.fields, throttled=dialect.throttled))
+            name = f"{run_name}/{n}"
+            clients.append(Client(name, line, trace, pictures, load.fields, throttled=dialect.throttled))
         logs = [client.log for client in clients]
         readers = [asyncio.create_task(client.receive()) for client in clients]
         stack.push_async_callback(_end, readers)
