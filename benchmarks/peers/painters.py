@@ -103,6 +103,7 @@ class Ours(Painter):
         self._request = partial(GenerateRequest, spec.name, num_inference_steps=work.steps)
         bucket = engine.begin(0, self._request("", 0), self._canvas).bucket
         engine.tune(spec.name, (bucket.height, bucket.width))
+        engine.tune(spec.name, (bucket.height, bucket.width))  # and what a size in demand gets
 
     def paint(self, jobs: Sequence[Job]) -> list[Image.Image]:
         rows = [self._engine.begin(n, self._request(*job), self._canvas) for n, job in enumerate(jobs)]

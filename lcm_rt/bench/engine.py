@@ -423,6 +423,7 @@ def run(
             asked[number] = ask(engine, subject, number)
         say(f"tuning ({engine.backend})")
         engine.tune(subject.name, subject.latents)
+        engine.tune(subject.name, subject.latents)  # and what a size in demand gets
         lines = []
         for number in rows:
             say(f"measuring {number} rows")

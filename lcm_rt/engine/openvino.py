@@ -98,7 +98,7 @@ class OpenVino:
     def fix(self, height: int, width: int) -> None:
         """Compile small networks anew for latents of one size and one to ``FIXED_ROWS`` rows: a fifth faster, or more.
 
-        Whoever runs them meanwhile takes what there is.
+        Large ones would hold their weights too often. Whoever runs them meanwhile takes what there is.
         """
         for rows in range(1, FIXED_ROWS + 1):
             for part, network in self._small.items():

@@ -6,7 +6,8 @@ Ways, each tested to make the same picture as the first:
 * ``inductor``: the step over the slots, compiled as a whole. Compiled for the model's own size by ``tune``, and for
   other sizes once they are in demand.
 * ``graph``: that, or the eager step, captured as a CUDA graph, for each bucket of rows once it is in demand.
-* ``openvino``: the networks converted, by ``tune``, for every size.
+* ``openvino``: the networks converted, by ``tune``, for every size; compiled anew for a size in demand, where they are
+  small.
 """
 
 from __future__ import annotations
@@ -86,14 +87,15 @@ class Runner:
 
     def tune(self, size: Size, report: Callable[[float], None]) -> None:
         """Make the fast ways for latents of ``size``; from another thread than the steps', who go on meanwhile."""
-        self._tuned.add(size)
-        if self._backend == "openvino" and self.networks is self._eager:
+        if self._backend == "openvino" and isinstance(self.networks, OpenVino):
+            self._tuned.add(size)
+            self.networks.fix(*size)
+        elif self._backend == "openvino":
             networks = OpenVino(self._model, self._folder, self._fingerprint, threads=self._threads, report=report)
             self.networks = networks  # first: it says which sizes the step takes
             self._step = self._advance(networks)
-            if networks.takes(*size):
-                networks.fix(*size)
         elif self._backend == "inductor":
+            self._tuned.add(size)
             if self._inductor is None:
                 self._inductor = Inductor(self._model, self._advance(self._eager))
             self._inductor.compile(Slots(self._model, *size), *size, report)
@@ -101,9 +103,15 @@ class Runner:
 
     def wanted(self) -> Size | None:
         """A size that is in demand and is not tuned."""
-        if self._backend != "inductor":
+        if self._backend == "eager" or len(self._tuned) >= SIZES:
             return None
-        return next((size for size, times in self._asked.items() if times >= DEMAND and size not in self._tuned), None)
+        if self._backend == "openvino" and not isinstance(self.networks, OpenVino):
+            return None
+        for size, times in self._asked.items():
+            taken = self._backend != "openvino" or self.networks.takes(*size)
+            if times >= DEMAND and size not in self._tuned and taken:
+                return size
+        return None
 
     def step(self, rows: Sequence[Trajectory]) -> None:
         """One step for rows of one bucket; on an exception each row has either had it or not changed."""
