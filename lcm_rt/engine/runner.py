@@ -34,6 +34,9 @@ Backend = Literal["eager", "inductor", "openvino"]
 SIZES = 8
 """Sizes of latents that have slots at a time; those longest unused make room."""
 
+FIXED_SIZES = 2
+"""Sizes for which OpenVINO's programs are compiled anew: each set of the embedded model's takes 200 MB."""
+
 DEMAND = 40
 """Steps at a size before it is compiled: ten pictures are no chance."""
 
@@ -103,7 +106,7 @@ class Runner:
 
     def wanted(self) -> Size | None:
         """A size that is in demand and is not tuned."""
-        if self._backend == "eager" or len(self._tuned) >= SIZES:
+        if self._backend == "eager" or len(self._tuned) >= (FIXED_SIZES if self._backend == "openvino" else SIZES):
             return None
         if self._backend == "openvino" and not isinstance(self.networks, OpenVino):
             return None
