@@ -30,7 +30,7 @@ from lcm_rt.engine.networks import Distribution, Eager
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files in the cache: counted up when what is converted changes
+FORMAT = 3  # of the files in the cache: counted up when what is converted changes
 
 
 SMALL_BYTES = 64 * 2**20
@@ -88,7 +88,8 @@ class OpenVino:
         for done, part in enumerate(parts, 1):
             network = converting.get(self._core, part)
             self._requests[part, None] = self._compile(network)
-            if sum(p.nbytes for p in (model.vae if "coder" in part else model.unet).parameters()) <= SMALL_BYTES:
+            weights = {"unet": model.unet, "decoder": model.vae}.get(part)
+            if weights is not None and sum(p.nbytes for p in weights.parameters()) <= SMALL_BYTES:
                 self._small[part] = network
             report(done / len(parts))
 
@@ -102,7 +103,7 @@ class OpenVino:
         """
         for rows in range(1, FIXED_ROWS + 1):
             for part, network in self._small.items():
-                if part == "unet" or (part == "decoder" and rows == 1):
+                if part == "unet" or rows == 1:  # pictures are decoded one by one
                     fixed = network.clone()
                     shapes = [(rows, *list(port.partial_shape)[1:]) for port in fixed.inputs]
                     shapes[0] = (rows, int(shapes[0][1].get_length()), height, width)
@@ -124,7 +125,7 @@ class OpenVino:
         size_ids: Tensor | None,
     ) -> Tensor:
         time = self._model.unet.time_proj(timesteps)
-        sizes = None if size_ids is None else self._model.unet.add_time_proj(size_ids.flatten())
+        sizes = None if size_ids is None else self._model.unet.add_time_proj(size_ids.flatten()).reshape(len(x), -1)
         (output,) = self._run("unet", [x, time, context, embedding, pooled, sizes])
         return output
 
@@ -201,7 +202,7 @@ class _Converting:
             if model.guidance_dim is not None:
                 inputs.append(torch.zeros(2, model.guidance_dim))
             if model.pooled_width is not None:
-                inputs += [torch.zeros(2, model.pooled_width), model.unet.add_time_proj(torch.zeros(12))]
+                inputs += [torch.zeros(2, model.pooled_width), model.unet.add_time_proj(torch.zeros(12)).reshape(2, -1)]
         elif part == "decoder":
             network, inputs = _Decoder(model), [torch.zeros(1, c, side, side * 2)]
         elif part == "encoder":
